@@ -1,0 +1,1 @@
+"""Measurements that write JSON with quality, memory, seconds, device and commit."""

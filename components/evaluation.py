@@ -1,0 +1,182 @@
+"""Rendering whole views, and how well they match the pictures that were held out.
+
+Letters: H rows, W columns, P poses. A `render_rays` takes Rays [B] and returns a RenderOutput, without jitter.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from components.cameras import image_rays
+from components.metrics import psnr, ssim
+from components.perceptual import PerceptualMetrics
+from components.types import Rays, RenderOutput, Scene
+from utils.images import depth_range, depth_to_color, open_video, save_png, side_by_side, to_uint8
+
+RenderRays = Callable[[Rays], RenderOutput]
+VIDEO_FPS = 30
+
+
+@dataclass(frozen=True)
+class View:
+    """One rendered view: rgb [H, W, 3] in [0, 1], opacity [H, W], depth [H, W] in ray parameter t."""
+
+    rgb: Tensor
+    opacity: Tensor
+    depth: Tensor
+
+
+@dataclass
+class Evaluation:
+    """Metrics of test views, one number a view in the order of `indices`; None where a metric does not apply.
+
+    rgb, ground_truth, depth: pictures of the first view, uint8 [H, W, 3] (None if there was no view).
+    """
+
+    indices: list[int]
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float | None] = field(default_factory=list)
+    lpips_alex: list[float | None] = field(default_factory=list)
+    lpips_vgg: list[float | None] = field(default_factory=list)
+    rgb: np.ndarray | None = None
+    ground_truth: np.ndarray | None = None
+    depth: np.ndarray | None = None
+
+    METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """The mean of each metric over the views; None unless every view has it."""
+        return {name: _mean(getattr(self, name)) for name in self.METRICS}
+
+    def results(self) -> dict:
+        """What results.json holds: the means, and `per_view` with the view indices and each metric's list."""
+        return {**self.means, "per_view": {n: list(getattr(self, n)) for n in ("indices", *self.METRICS)}}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if not values or None in values else sum(values) / len(values)
+
+
+def evenly_spaced(n_views: int, n_vis: int) -> list[int]:
+    """Indices 0, k, 2k, ... below n_views with k = max(n_views // n_vis, 1), as TensoRF picks its test views.
+
+    n_vis < 0 means every view, 0 none. When n_vis does not divide n_views there may be more than n_vis of them.
+    """
+    if n_vis == 0:
+        return []
+    return list(range(0, n_views, 1 if n_vis < 0 else max(n_views // n_vis, 1)))
+
+
+@torch.no_grad()
+def render_view(scene: Scene, render_rays: RenderRays, c2w: Tensor, intrinsics: Tensor, chunk: int) -> View:
+    """All pixels of one camera, c2w [3, 4] and intrinsics [4], `chunk` rays at a time."""
+    rays = image_rays(scene, c2w, intrinsics)
+    parts = [render_rays(rays[start : start + chunk]) for start in range(0, len(rays), chunk)]
+    shape = (scene.height, scene.width)
+    return View(
+        torch.cat([part.rgb for part in parts]).reshape(*shape, 3),
+        torch.cat([part.opacity for part in parts]).reshape(shape),
+        torch.cat([part.depth for part in parts]).reshape(shape),
+    )
+
+
+def evaluate(
+    scene: Scene,
+    render_rays: RenderRays,
+    indices: Sequence[int],
+    perceptual: PerceptualMetrics,
+    out_dir: Path | None = None,
+    chunk: int = 8192,
+    save_video: bool = False,
+    progress: bool = True,
+    prefix: str = "",
+) -> Evaluation:
+    """Render the views `indices` of `scene` and compare them with its images.
+
+    PSNR is taken of float colours, a view at a time. out_dir: where {prefix}{index:03d}.png, rgbd/ (colours beside
+    depth) and, with save_video, video.mp4 and depthvideo.mp4 go. Raises RunFolderError if they cannot be written.
+    """
+    result = Evaluation(list(indices))
+    bar = tqdm(result.indices, desc="test views", unit="view", disable=not progress, leave=False)
+    with _Pictures(scene, out_dir, prefix, save_video) as pictures:
+        for index in bar:
+            view = render_view(scene, render_rays, scene.c2w[index], scene.intrinsics[index], chunk)
+            truth = scene.image_rgb(index)
+            result.psnr.append(psnr(view.rgb, truth))
+            result.ssim.append(ssim(view.rgb, truth))
+            distances = perceptual.measure(view.rgb, truth)
+            result.lpips_alex.append(distances["lpips_alex"])
+            result.lpips_vgg.append(distances["lpips_vgg"])
+            rgb, depth = pictures.add(index, view)
+            if result.rgb is None:
+                result.rgb, result.depth, result.ground_truth = rgb, depth, to_uint8(truth.cpu().numpy())
+    perceptual.release()
+    return result
+
+
+def render_poses(
+    scene: Scene,
+    render_rays: RenderRays,
+    poses: Tensor,
+    intrinsics: Tensor,
+    out_dir: Path,
+    chunk: int = 8192,
+    progress: bool = True,
+) -> None:
+    """Render a camera path, poses [P, 3, 4] with intrinsics [4], at the scene's resolution.
+
+    Writes {number:03d}.png, rgbd/, video.mp4 and depthvideo.mp4 to out_dir. Raises RunFolderError.
+    """
+    bar = tqdm(poses, desc="camera path", unit="view", disable=not progress, leave=False)
+    with _Pictures(scene, out_dir, prefix="", video=True) as pictures:
+        for number, c2w in enumerate(bar):
+            pictures.add(number, render_view(scene, render_rays, c2w, intrinsics, chunk))
+
+
+class _Pictures:
+    """Turns views into pictures and puts them into a folder, if there is one.
+
+    All depths share one range, found in the first view: colours that mean another depth in each frame would make the
+    video flicker.
+    """
+
+    def __init__(self, scene: Scene, out_dir: Path | None, prefix: str, video: bool):
+        self._limits = (scene.near, scene.far)
+        self._range: tuple[float, float] | None = None
+        self._folder = None if out_dir is None else Path(out_dir)
+        self._prefix = prefix
+        self._wants_video = video and out_dir is not None
+        self._files = ExitStack()
+        self._videos = []
+
+    def __enter__(self) -> "_Pictures":
+        if self._wants_video:
+            names = ("video.mp4", "depthvideo.mp4")
+            with ExitStack() as opened:
+                self._videos = [opened.enter_context(open_video(self._folder / name, VIDEO_FPS)) for name in names]
+                self._files = opened.pop_all()
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._files.__exit__(*error)
+
+    def add(self, index: int, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """Save a view; its colours and its depth's as uint8 [H, W, 3]."""
+        depth, opacity = view.depth.cpu().numpy(), view.opacity.cpu().numpy()
+        if self._range is None:
+            self._range = depth_range(depth, opacity, *self._limits)
+        pair = to_uint8(view.rgb.cpu().numpy()), depth_to_color(depth, *self._range, opacity)
+        if self._folder is not None:
+            name = f"{self._prefix}{index:03d}.png"
+            save_png(self._folder / name, pair[0])
+            save_png(self._folder / "rgbd" / name, side_by_side(pair))
+        for video, frame in zip(self._videos, pair, strict=False):
+            video.add(frame)
+        return pair

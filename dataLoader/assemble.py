@@ -1,0 +1,96 @@
+"""The last step of every loader: checked cameras and image files -> Scene."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from components.types import Scene
+from dataLoader.checks import option_box
+from dataLoader.images import ImageInfo, decode_images
+from utils.errors import OptionError
+
+# From OpenGL's camera axes (x right, y up, z backward) to OpenCV's (x right, y down, z forward).
+OPENGL_TO_OPENCV = np.array([1.0, -1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the user chose for loading: downsample >= 1; scene_bbox, six numbers or None; the two switches."""
+
+    downsample: float
+    scene_bbox: Sequence[float] | None = None
+    skip_missing_frames: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Cameras of one split: image files, c2w [M, 3, 4] (OpenCV axes), intrinsics [M, 4] in pixels of `info`'s size."""
+
+    paths: Sequence[Path]
+    c2w: np.ndarray
+    intrinsics: np.ndarray
+    info: ImageInfo
+
+
+@dataclass(frozen=True)
+class Volume:
+    """How rays cross a scene: box [2, 3], near and far, and the background (see `components.types.Scene`)."""
+
+    aabb: np.ndarray
+    near: float
+    far: float
+    white_background: bool = True
+    random_background: bool = False
+    ndc: bool = False
+
+
+def choose_box(default: np.ndarray, options: LoadOptions) -> np.ndarray:
+    """The scene's box [2, 3]: --scene_bbox if given, else the format's."""
+    return default if options.scene_bbox is None else option_box(options.scene_bbox)
+
+
+def reduced_size(width: int, height: int, downsample: float) -> tuple[int, int]:
+    """(W, H) divided by `downsample` and rounded down; OptionError if it is below 1 or leaves no pixel."""
+    if not (downsample >= 1 and downsample < float("inf")):
+        raise OptionError(f"--downsample_train/--downsample_test {downsample:g}: must be a number >= 1")
+    size = int(width / downsample), int(height / downsample)
+    if min(size) < 1:
+        raise OptionError(
+            f"--downsample_train/--downsample_test {downsample:g}: leaves no pixel of {width}x{height}; choose less"
+        )
+    return size
+
+
+def assemble_scene(
+    folder: Path,
+    dataset: str,
+    split: str,
+    cameras: Cameras,
+    volume: Volume,
+    render_path: np.ndarray,
+    size: tuple[int, int],
+    progress: bool,
+) -> Scene:
+    """Decode the images at size = (W, H) and scale the intrinsics with them; everything else is checked before."""
+    scale = np.array([size[0] / cameras.info.width, size[1] / cameras.info.height] * 2)
+    label = f"{folder.name}: {split} images"
+    return Scene(
+        name=folder.name,
+        dataset=dataset,
+        split=split,
+        images=decode_images(cameras.paths, size, cameras.info.channels, progress, label),
+        c2w=torch.from_numpy(cameras.c2w).float(),
+        intrinsics=torch.from_numpy(cameras.intrinsics * scale).float(),
+        aabb=torch.from_numpy(volume.aabb).float(),
+        near=volume.near,
+        far=volume.far,
+        white_background=volume.white_background,
+        random_background=volume.random_background,
+        ndc=volume.ndc,
+        image_paths=tuple(str(path) for path in cameras.paths),
+        render_path=torch.from_numpy(render_path).float(),
+    )

@@ -1,0 +1,161 @@
+"""The radiance field: what VM and CP share - geometry, density, rendering of rays.
+
+Letters: B rays, K live samples, Kc coloured samples, xyz world positions. How it grows is in models/growth.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
+
+from components.compositing import alpha_from_density, segment_sum, segmented_weights
+from components.grids import evaluation_samples, step_length
+from components.marching import Samples, march_box, march_ndc
+from components.types import Rays, RenderOutput
+from models import kernels
+from models.alpha_mask import AlphaMask
+from models.config import FieldConfig
+from models.shading import build_shading
+
+# Samples whose colours are computed at once: few on a CPU, whose cache they should fit; launches cost more on CUDA.
+_COLOUR_CHUNK, _OTHER_COLOUR_CHUNK = {"cpu": 1 << 13}, 1 << 18
+_RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+
+
+def factor(values: Tensor) -> nn.Parameter:
+    """A plane or line [1, C, H, W] as a parameter, stored channels-last: all components of a grid point together,
+    so that a lookup reads one row of memory and not C of them."""
+    return nn.Parameter(values.detach().contiguous(memory_format=torch.channels_last))
+
+
+class Field(nn.Module):
+    """A factorised radiance field in the box aabb [2, 3] with `grid_size` (x, y, z) points.
+
+    Subclasses make the factors and offer `density_feature`, `appearance_feature`, `density_factors`,
+    `appearance_factors`, `factor_slices` and `resize_factors`. Parameter names are TensoRF's.
+    """
+
+    def __init__(self, config: FieldConfig, aabb: Tensor, grid_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("aabb", aabb.detach().clone().float())
+        self.alpha_mask: AlphaMask | None = None
+        self.set_geometry(self.aabb, grid_size)
+        self.build_factors()
+        n_products = sum(config.n_appearance) if config.model_name == "TensorVMSplit" else config.n_appearance[0]
+        self.basis_mat = nn.Linear(n_products, config.n_features, bias=False)
+        self.renderModule = build_shading(
+            config.shading, config.n_features, config.view_pe, config.fea_pe, config.pos_pe, config.hidden
+        )
+        self.select_lookups()
+
+    def select_lookups(self) -> None:
+        """Choose the lookups that suit the device on which the parameters lie."""
+        self.kernels_name, self.lookups = kernels.select(self.aabb.device)
+
+    def build_factors(self) -> None:
+        """Create the factors for `self.grid_size`."""
+        raise NotImplementedError
+
+    def density_feature(self, xyz: Tensor) -> Tensor:
+        """[K] from normalised positions [K, 3]."""
+        raise NotImplementedError
+
+    def appearance_feature(self, xyz: Tensor) -> Tensor:
+        """[K, n_features] from normalised positions [K, 3]."""
+        raise NotImplementedError
+
+    def density_factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(planes, lines) of the density; CP has no planes."""
+        raise NotImplementedError
+
+    def appearance_factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(planes, lines) of the appearance; CP has no planes."""
+        raise NotImplementedError
+
+    def factor_slices(self, first: list[int], last: list[int]) -> dict[str, tuple[slice, ...]]:
+        """For each factor, by parameter name, the part that holds the grid points first..last - 1 of each axis."""
+        raise NotImplementedError
+
+    def resize_factors(self, grid: tuple[int, int, int]) -> None:
+        """Resample all factors to `grid` points an axis."""
+        raise NotImplementedError
+
+    def set_geometry(self, aabb: Tensor, grid_size: tuple[int, int, int]) -> None:
+        """Box, grid size and what follows from them: the step length (world units) and sample counts."""
+        self.aabb = aabb
+        self.grid_size = tuple(int(n) for n in grid_size)
+        self.step = step_length(aabb, self.grid_size, self.config.step_ratio)
+        self.n_samples = evaluation_samples(aabb, self.step)
+
+    def normalise(self, xyz: Tensor) -> Tensor:
+        """World positions [N, 3] to [-1, 1] in the box."""
+        return (xyz - self.aabb[0]) * (2.0 / (self.aabb[1] - self.aabb[0])) - 1
+
+    def density(self, feature: Tensor) -> Tensor:
+        """sigma [K], 1/length, of density features [K]."""
+        if self.config.density_activation == "softplus":
+            return softplus(feature + self.config.density_shift)
+        return torch.relu(feature)
+
+    def param_groups(self, lr_grids: float, lr_networks: float) -> list[dict]:
+        """Adam's groups: factors learn at lr_grids; basis layer and shading at lr_networks."""
+        networks = [*self.basis_mat.parameters(), *self.renderModule.parameters()]
+        known = {id(p) for p in networks}
+        factors = [p for p in self.parameters() if id(p) not in known]
+        return [{"params": factors, "lr": lr_grids}, {"params": networks, "lr": lr_networks}]
+
+    def march(self, rays: Rays, jitter: Tensor | None, n_samples: int) -> Samples:
+        """Live samples of the rays: in the box and in the alpha mask."""
+        c = self.config
+        occupied = self.alpha_mask.occupied if self.alpha_mask is not None else None
+        if c.ndc:
+            return march_ndc(rays, self.aabb, c.near, c.far, n_samples, jitter, occupied)
+        return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, occupied)
+
+    def render(
+        self, rays: Rays, background: Tensor | float, jitter: Tensor | None = None, n_samples: int | None = None
+    ) -> RenderOutput:
+        """Volume rendering of rays [B].
+
+        background: colour behind the scene, scalar, [3] or [B, 3]. jitter: u [B, 1] (NDC: [B or 1, S]) in [0, 1);
+        None for evaluation. n_samples: S, at most that many samples a ray; default: the test-time count.
+        """
+        n_rays, c = len(rays), self.config
+        samples = self.march(rays, jitter, n_samples or self.n_samples)
+        position = self.normalise(samples.xyz)
+        sigma = self.density(self.density_feature(position))
+        alpha = alpha_from_density(sigma, samples.delta * c.distance_scale)
+        weights = segmented_weights(alpha, samples.ray, n_rays)
+        coloured = (weights > c.weight_threshold).nonzero()[:, 0]
+        ray = samples.ray[coloured]
+        view = rays.directions
+        if c.ndc:
+            view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
+        colour = self.colours(position[coloured], view, ray)
+        opacity = segment_sum(weights, samples.ray, n_rays)
+        rgb = segment_sum(weights[coloured][:, None] * colour, ray, n_rays)
+        rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
+        with torch.no_grad():
+            depth = segment_sum(weights * samples.t, samples.ray, n_rays) + (1.0 - opacity) * c.far
+        return RenderOutput(rgb, opacity, depth, len(samples), coloured.shape[0])
+
+    def colours(self, position: Tensor, view: Tensor, ray: Tensor) -> Tensor:
+        """rgb [Kc, 3] at normalised positions [Kc, 3], seen along the unit directions view[ray]; view [B, 3].
+
+        A network's activations are a hundred times larger than what goes in and comes out: they are computed again
+        in backward, a chunk of samples at a time, instead of being stored for all.
+        """
+
+        size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
+        parts = (values.split(size) for values in (self.appearance_feature(position), position, ray))
+
+        def shade(features: Tensor, position: Tensor, ray: Tensor) -> Tensor:
+            return self.renderModule(features, view[ray], position)
+
+        return torch.cat([checkpoint(shade, *part, **_RECOMPUTE) for part in zip(*parts, strict=True)])
+
+    def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:
+        """u for `render`: one number a ray; in NDC one a sample number, shared by the step's rays."""
+        shape = (1, n_samples) if self.config.ndc else (n_rays, 1)
+        return torch.rand(shape, generator=generator, device=self.aabb.device)

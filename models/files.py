@@ -1,0 +1,79 @@
+"""Fields in files: our checkpoints and TensoRF's read, TensoRF's and meshes written."""
+
+from pathlib import Path
+
+import torch
+
+from models import restore_field
+from models.config import FieldConfig
+from models.field import Field
+from models.growth import dense_alpha
+from models.tensorf_files import from_tensorf, is_tensorf, to_tensorf
+from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.errors import CheckpointError
+from utils.mesh import export_mesh
+
+CHECKPOINT_FORMAT = 1
+# Alpha over one step at which a mesh's surface lies, as TensoRF's export.
+MESH_ALPHA = 0.005
+# What a checkpoint's field must share with the options, by their names on the command line.
+_MUST_AGREE = {
+    "model_name": "model_name",
+    "n_density": "n_lamb_sigma",
+    "n_appearance": "n_lamb_sh",
+    "n_features": "data_dim_color",
+    "shading": "shadingMode",
+    "pos_pe": "pos_pe",
+    "view_pe": "view_pe",
+    "fea_pe": "fea_pe",
+    "hidden": "featureC",
+    "density_activation": "fea2denseAct",
+    "ndc": "ndc_ray",
+}
+
+
+def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> tuple[Field, dict]:
+    """The field in a checkpoint of ours or of TensoRF's, and the whole checkpoint.
+
+    wanted: what the options ask for. Raises CheckpointError if the file is missing, damaged or unsafe, or holds
+    another kind of field; the message names the options that differ.
+    """
+    state = load_checkpoint(path)
+    if is_tensorf(state):
+        field = from_tensorf(state, device, wanted.ndc, str(path))
+    else:
+        if state.get("format") != CHECKPOINT_FORMAT or "field" not in state:
+            raise CheckpointError(
+                f"{path} is no checkpoint of this program (format {state.get('format')}) or of TensoRF"
+            )
+        try:
+            field = restore_field(state["field"], device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: its field cannot be rebuilt ({type(error).__name__}); use an older checkpoint"
+            ) from error
+    ours, theirs = wanted.to_dict(), field.config.to_dict()
+    if wanted.shading != "MLP_PE":
+        theirs["pos_pe"] = ours["pos_pe"]  # without effect on the other shadings
+    differing = [
+        f"--{option} {theirs[name]} (not {ours[name]})"
+        for name, option in _MUST_AGREE.items()
+        if theirs[name] != ours[name]
+    ]
+    if differing:
+        raise CheckpointError(f"{path} holds another field than the options ask for: give {', '.join(differing)}")
+    return field, state
+
+
+def write_tensorf(field: Field, path: Path) -> None:
+    """Write the field as a TensoRF checkpoint. Raises RunFolderError if that cannot be done."""
+    save_checkpoint(to_tensorf(field), Path(path))
+
+
+def write_mesh(field: Field, path: Path) -> None:
+    """Write the surface where alpha over one step is 0.005, in world coordinates, as .ply.
+
+    Raises UserError if the field has no such surface, RunFolderError if the file cannot be written.
+    """
+    alpha, _ = dense_alpha(field, field.grid_size)
+    export_mesh(Path(path), alpha.cpu().numpy(), field.aabb.cpu().numpy(), MESH_ALPHA)

@@ -1,0 +1,219 @@
+"""run.py: what each experiment runs, what it passes on, and how it ends."""
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import run
+import utils.tables
+from opt import REPOSITORY
+from utils.errors import OptionError, SceneError
+
+EXPERIMENTS = {
+    "full": run.run_standard_nerf,
+    "egra": run.run_egra_nerf,
+    "soft": run.run_soft_nerf,
+    "expansive": run.run_expansive_nerf,
+}
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Replaces training: collects the options of every run; `fail[scene]` is raised instead. Data folders exist."""
+    import samplers
+    from dataLoader import FORMATS
+
+    for known in FORMATS.values():
+        (tmp_path / "data" / known.folder).mkdir(parents=True)
+    fake = ModuleType("train")
+    fake.runs, fake.fail, fake.tables = [], {}, []
+
+    def run_training(options):
+        fake.runs.append(options)
+        if options.nerf_scene in fake.fail:
+            raise fake.fail[options.nerf_scene]
+        return {"psnr": 30.0}
+
+    fake.run = run_training
+    monkeypatch.setitem(sys.modules, "train", fake)
+    monkeypatch.setattr(samplers, "check_strategy", lambda name: None)
+    monkeypatch.setattr(utils.tables, "write_tables", lambda folder: fake.tables.append(folder.as_posix()))
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+@pytest.fixture
+def scenes(monkeypatch):
+    """Makes three scenes of every data set."""
+    import dataLoader
+
+    monkeypatch.setattr(dataLoader, "scene_names", lambda dataset, folder: ["chair", "drums", "lego"])
+
+
+def start(monkeypatch, *arguments: str, experiment=run.main) -> int:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    return run.exit_code(experiment)
+
+
+@pytest.mark.parametrize("strategy", EXPERIMENTS)
+def test_each_experiment_trains_lego_with_its_strategy(monkeypatch, trained, strategy):
+    assert start(monkeypatch, experiment=EXPERIMENTS[strategy]) == 0
+    (options,) = trained.runs
+    assert (options.nerf_dataset, options.nerf_scene, options.strategy, options.tag) == (
+        "syn",
+        "lego",
+        strategy,
+        strategy,
+    )
+
+
+def test_the_standard_experiment_is_the_active_one(monkeypatch, trained):
+    assert start(monkeypatch) == 0
+    assert [options.strategy for options in trained.runs] == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dataset", "scene", "n_iters"),
+    [
+        (["--nerf_scene", "chair", "--n_iters", "5000"], "syn", "chair", 5000),
+        (["--nerf_dataset", "llff", "--nerf_scene", "fern"], "llff", "fern", 30000),
+        (["--nerf_dataset=nsvf", "--nerf_scene=Bike"], "nsvf", "Bike", 30000),
+        (["--config", "configs/flower.txt"], "llff", "flower", 30000),
+        (["--config=configs/tensorf/llff.txt", "--nerf_scene", "room"], "llff", "room", 25000),
+        (["--demo", "--n_iters", "3"], "demo", "shapes_200", 3),
+    ],
+)
+def test_arguments_are_passed_on_and_win(monkeypatch, trained, arguments, dataset, scene, n_iters):
+    assert start(monkeypatch, *arguments) == 0
+    (options,) = trained.runs
+    assert (options.nerf_dataset, options.nerf_scene, options.n_iters) == (dataset, scene, n_iters)
+    assert options.fea2denseAct == ("relu" if dataset == "llff" else "softplus")
+
+
+def test_the_users_strategy_beats_the_experiments(monkeypatch, trained):
+    assert start(monkeypatch, "--strategy", "soft", experiment=run.run_egra_nerf) == 0
+    assert trained.runs[0].strategy == "soft"
+
+
+def test_auto_means_the_experiments_cuda_device_where_there_is_cuda(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run.choose_device("auto", 1) == "cuda:1"
+    assert run.choose_device("cpu", 1) == "cpu"
+    with pytest.raises(OptionError, match="use_cuda=2"):
+        run.choose_device("auto", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.choose_device("auto", 1) == "cpu"
+
+
+def test_seeds_are_consecutive_and_each_run_updates_the_table(monkeypatch, trained):
+    assert start(monkeypatch, "--seed", "7", "--seeds", "3", "--save_dir", "out", "--up_folder_name", "mine") == 0
+    assert [options.seed for options in trained.runs] == [7, 8, 9]
+    assert trained.tables == ["out/mine/syn"] * 3
+
+
+def test_multi_data_runs_every_scene_with_every_seed(monkeypatch, trained, scenes):
+    assert start(monkeypatch, "--multi_data", "--seeds", "2", "--seed", "1") == 0
+    assert [(o.nerf_scene, o.seed) for o in trained.runs] == [
+        ("chair", 1),
+        ("chair", 2),
+        ("drums", 1),
+        ("drums", 2),
+        ("lego", 1),
+        ("lego", 2),
+    ]
+
+
+@pytest.mark.parametrize("error", [SceneError("drums has no images: add them"), ZeroDivisionError("a bug")])
+def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monkeypatch, trained, scenes, capsys, error):
+    trained.fail["drums"] = error
+    assert start(monkeypatch, "--multi_data", "--seed", "5") == 1
+    assert [options.nerf_scene for options in trained.runs] == ["chair", "drums", "lego"]
+    assert len(trained.tables) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.endswith(f"1 of 3 runs failed:\ndrums, seed 5: {error}\n")
+    assert ("Traceback" in stderr) == isinstance(error, ZeroDivisionError)
+
+
+def test_the_demo_has_one_scene_even_with_multi_data(monkeypatch, trained, scenes):
+    assert start(monkeypatch, "--demo", "--multi_data") == 0
+    assert [options.nerf_scene for options in trained.runs] == ["shapes_200"]
+
+
+def test_a_user_error_ends_in_one_line_and_code_2(monkeypatch, trained, capsys):
+    trained.fail["lego"] = SceneError("lego: transforms_train.json is missing")
+    assert start(monkeypatch) == 2
+    assert capsys.readouterr().err == "error: lego: transforms_train.json is missing\n"
+
+
+def test_an_option_error_ends_in_one_line_and_code_2(monkeypatch, trained, capsys):
+    assert start(monkeypatch, "--n_iter", "5") == 2
+    assert capsys.readouterr().err == "error: command line: n_iter: is no option: did you mean n_iters?\n"
+    assert trained.runs == []
+
+
+def test_debug_shows_the_traceback_of_a_user_error(monkeypatch, trained, capsys):
+    trained.fail["lego"] = SceneError("lego: broken")
+    assert start(monkeypatch, "--debug") == 2
+    stderr = capsys.readouterr().err
+    assert "Traceback" in stderr
+    assert stderr.endswith("error: lego: broken\n")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, trained):
+    trained.fail["lego"] = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        start(monkeypatch)
+
+
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(monkeypatch, trained, scenes, capsys):
+    trained.fail["chair"] = KeyboardInterrupt()
+    assert start(monkeypatch, "--multi_data") == 130
+    assert len(trained.runs) == 1
+    assert "same command" in capsys.readouterr().err
+
+
+def test_without_data_two_lines_say_where_to_get_it_and_how_to_run_the_demo(monkeypatch, trained, capsys):
+    assert start(monkeypatch, "--data_folder", "empty") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "data/README.md" in lines[0]
+    assert "lego" in lines[0]
+    assert "python run.py --demo" in lines[1]
+    assert trained.runs == []
+    assert start(monkeypatch, "--data_folder", "empty", "--demo") == 0
+
+
+def test_a_strategy_that_is_not_there_is_refused_before_anything_else(monkeypatch, trained, capsys):
+    import samplers
+
+    def refuse(name):
+        raise OptionError(f"--strategy {name} is not implemented in this version; available: full")
+
+    monkeypatch.setattr(samplers, "check_strategy", refuse)
+    assert start(monkeypatch, "--multi_data", "--data_folder", "empty", experiment=run.run_soft_nerf) == 2
+    assert "soft is not implemented" in capsys.readouterr().err
+    assert trained.runs == []
+
+
+def test_help_works_from_another_folder_without_loading_torch(tmp_path):
+    code = (
+        "import runpy, sys; sys.argv = ['run.py', '--help']\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"try: runpy.run_path({str(REPOSITORY / 'run.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--nerf_scene" in done.stdout
+
+
+def test_the_script_ends_with_code_2_from_another_folder(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "run.py"), "--config", "configs/flower.txt", "--lr_init", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: command line: lr_init: 0 is out of range; give a finite number above 0\n"

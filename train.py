@@ -1,0 +1,554 @@
+"""One run: build, step, grow, evaluate, checkpoint. The wiring; formulas and strategies live elsewhere."""
+
+import math
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from components.cameras import cast_rays
+from components.evaluation import Evaluation, evaluate, evenly_spaced, render_poses
+from components.grids import learning_rate_factor, resolution_for, training_samples, voxel_schedule
+from components.metrics import mse_to_psnr
+from components.perceptual import PerceptualMetrics, load_perceptual_metrics
+from components.pixel_sets import PixelSet, pixel_batch
+from components.regularisers import L1Density, build_regularisers
+from components.types import PixelBatch, Rays, RenderOutput, Scene
+from dataLoader import load_scene
+from models import FieldConfig, build_field, field_state, restore_field
+from models.field import Field
+from models.files import CHECKPOINT_FORMAT, load_field, write_mesh, write_tensorf
+from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
+from opt import RUN_IDENTITY_EXEMPT, resolved_dict
+from samplers import build_sampler, check_strategy
+from utils.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
+from utils.console import say
+from utils.device import device_name
+from utils.errors import CheckpointError, OptionError, SceneError, UserError
+from utils.images import heat_map, side_by_side, to_uint8
+from utils.logs import RunLog
+from utils.memory import MemoryMeter, tensors_mb
+from utils.optimizers import crop_adam, make_adam
+from utils.run_folder import git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
+from utils.seeds import make_generator
+from utils.timing import PhaseTimer, eta_text
+
+# Steps timed on a throw-away field for the estimate, and the length of runs that are too short to need one.
+REHEARSED_STEPS, SHORTEST_ESTIMATED_RUN = 3, 100
+# Once the alpha mask exists, a step takes about this part of the first ones (the reference: 660 ms after 1110 ms).
+LATER_STEP_SHARE = 0.6
+# results.json's psnr_5view: as many evenly spaced test views as the reference reports.
+REFERENCE_VIEWS = 5
+
+
+def run(options: Namespace) -> dict:
+    """Train, or only render, one scene with one strategy and seed; returns the contents of results.json.
+
+    Raises UserError (one line for the user) if anything in the input is wrong.
+    """
+    started = time.perf_counter()
+    check_strategy(options.strategy)
+    device = choose_device(options.device)
+    folder = run_folder(
+        options.save_dir, options.up_folder_name, options.nerf_dataset, options.nerf_scene, options.tag, options.seed
+    )
+    if options.render_only:
+        return render_only(options, folder, device)
+    status = prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), options.overwrite)
+    if status == "finished":
+        say(f"{folder}: this run is finished; --overwrite starts it afresh, --render_only renders from it")
+        return read_json(folder / "results.json")
+    perceptual = load_perceptual_metrics(options.lpips_weights, device)
+    for line in perceptual.lines:
+        say(line)
+    memory = MemoryMeter(device)
+    memory.start()
+    scenes = {split: load_split(options, split) for split in ("train", "test")}
+    trainer = Trainer(options, folder, device, scenes, perceptual, memory)
+    trainer.resume_or_begin(latest_checkpoint(folder) if status == "resume" else None)
+    with torch.autograd.set_detect_anomaly(options.debug):
+        trainer.train(started)
+    return trainer.finish()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; auto takes CUDA when there is one. Raises OptionError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        say("no CUDA device found: training on the CPU")
+        return torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices; try auto")
+    return device
+
+
+def load_split(options: Namespace, split: str) -> Scene:
+    """The training or test views of the options' scene, on the CPU."""
+    return load_scene(
+        options.nerf_dataset,
+        options.data_folder,
+        options.nerf_scene,
+        split,
+        options.downsample_train if split == "train" else options.downsample_test,
+        scene_bbox=options.scene_bbox,
+        skip_missing_frames=options.skip_missing_frames,
+    )
+
+
+def field_config(options: Namespace, scene: Scene) -> FieldConfig:
+    """What the options and the scene say about the field."""
+    return FieldConfig(
+        model_name=options.model_name,
+        n_density=tuple(options.n_lamb_sigma),
+        n_appearance=tuple(options.n_lamb_sh),
+        n_features=options.data_dim_color,
+        shading=options.shadingMode,
+        pos_pe=options.pos_pe,
+        view_pe=options.view_pe,
+        fea_pe=options.fea_pe,
+        hidden=options.featureC,
+        density_activation=options.fea2denseAct,
+        density_shift=options.density_shift,
+        distance_scale=options.distance_scale,
+        step_ratio=options.step_ratio,
+        weight_threshold=options.rm_weight_mask_thre,
+        alpha_threshold=options.alpha_mask_thre,
+        near=scene.near,
+        far=scene.far,
+        ndc=scene.ndc,
+    )
+
+
+def render_only(options: Namespace, folder: Path, device: torch.device) -> dict:
+    """Render and export from a checkpoint, beside it; returns the test views' metrics, if they were asked for."""
+    path = Path(options.ckpt) if options.ckpt else latest_checkpoint(folder)
+    if path is None:
+        raise CheckpointError(f"--render_only: {folder} holds no checkpoint; train the run first or give --ckpt FILE")
+    scene = load_split(options, "test")
+    field, _ = load_field(path, device, field_config(options, scene))
+    perceptual = load_perceptual_metrics(options.lpips_weights, device)
+    for line in perceptual.lines:
+        say(line)
+    scenes = {"test": scene.to(device)}
+    if options.render_train:
+        scenes["train"] = load_split(options, "train").to(device)
+    evaluation = write_outputs(options, field, scenes, perceptual, path.parent)
+    return evaluation.results() if evaluation else {}
+
+
+def write_outputs(
+    options: Namespace, field: Field, scenes: dict[str, Scene], perceptual: PerceptualMetrics, folder: Path
+) -> Evaluation | None:
+    """What --render_test/train/path and --export_* ask for, into `folder`; returns the test views' evaluation."""
+    evaluation, test = None, scenes["test"]
+    render = evaluation_renderer(field, test)
+    for split in ("train", "test"):
+        if getattr(options, f"render_{split}"):
+            scene, out = scenes[split], folder / f"imgs_{split}_all"
+            every = options.test_every if split == "test" else 1
+            scored = evaluate(
+                scene, render, range(0, scene.n_images, every), perceptual, out, options.eval_chunk, save_video=True
+            )
+            means = ", ".join(f"{k} {v:.4f}" for k, v in scored.means.items() if v is not None)
+            say(f"{split} views: {means}; pictures in {out}")
+            evaluation = scored if split == "test" else evaluation
+    if options.render_path:
+        render_poses(test, render, test.render_path, test.intrinsics[0], folder / "imgs_path_all", options.eval_chunk)
+        say(f"camera path in {folder / 'imgs_path_all'}")
+    if options.export_mesh:
+        write_mesh(field, folder / "mesh.ply")
+        say(f"mesh in {folder / 'mesh.ply'}")
+    if options.export_tensorf:
+        write_tensorf(field, Path(options.export_tensorf))
+        say(f"TensoRF checkpoint in {options.export_tensorf}")
+    return evaluation
+
+
+def evaluation_renderer(field: Field, scene: Scene):
+    """Rays -> RenderOutput without jitter, on the scene's background."""
+
+    def render(rays: Rays) -> RenderOutput:
+        return field.render(rays, float(scene.white_background))
+
+    return render
+
+
+class Trainer:
+    """The state of a run and the steps that advance it; everything in it is saved and restored."""
+
+    def __init__(
+        self,
+        options: Namespace,
+        folder: Path,
+        device: torch.device,
+        scenes: dict[str, Scene],
+        perceptual: PerceptualMetrics,
+        memory: MemoryMeter,
+    ) -> None:
+        self.options, self.folder, self.device = options, folder, device
+        self.perceptual, self.memory = perceptual, memory
+        self.scenes = {split: scene.to(device) for split, scene in scenes.items()}
+        self.scene = self.scenes["train"]
+        self.config = field_config(options, self.scene)
+        self.lr_factor = learning_rate_factor(options.lr_decay_target_ratio, options.lr_decay_iters, options.n_iters)
+        self.voxels = voxel_schedule(options.N_voxel_init, options.N_voxel_final, len(options.upsamp_list))
+        self.timer = PhaseTimer(device)
+        self.generators = {
+            "jitter": make_generator(options.seed, "jitter", device),
+            "background": make_generator(options.seed, "background"),
+        }
+        self.iteration, self.train_seconds, self.setup_seconds = 0, 0.0, 0.0
+        self.samples_seen = {"live": 0, "colour": 0, "rays": 0}
+        self.mask_grid: tuple[int, int, int] | None = None
+        self.kept: Tensor | None = None
+        # How often each pixel of the middle training view was drawn; the last entry takes all other pixels.
+        self.watched_view = self.scene.n_images // 2
+        self.draws = torch.zeros(self.scene.height * self.scene.width + 1, device=device)
+
+    # --- beginning and resuming ---
+
+    def resume_or_begin(self, checkpoint: Path | None) -> None:
+        """Restore the run from its checkpoint, or build field, optimiser and sampler afresh (from --ckpt if given)."""
+        o = self.options
+        self.regularisers = build_regularisers(
+            max(o.L1_weight_inital, o.L1_weight_rest), o.TV_weight_density, o.TV_weight_app, o.Ortho_weight
+        )
+        self.set_l1_weight(o.L1_weight_inital)
+        if checkpoint is not None:
+            self.restore(checkpoint)
+            return
+        if o.ckpt:
+            self.field, _ = load_field(Path(o.ckpt), self.device, self.config)
+            say(f"starting from the field in {o.ckpt}")
+        else:
+            grid = resolution_for(o.N_voxel_init, self.scene.aabb)
+            self.field = build_field(self.config, self.scene.aabb, grid, o.seed)
+        self.optimizer = make_adam(self.field.param_groups(o.lr_init, o.lr_basis))
+        if o.filter_rays and not self.scene.ndc:
+            self.kept = kept_pixels(self.field, self.scene, by_mask=False)
+        self.sampler = self.new_sampler()
+        self.log = RunLog(self.folder)
+
+    def new_sampler(self):
+        """A sampler over the kept pixels, with a stream of its own for every set of them."""
+        if self.kept is not None and not bool(self.kept.any()):
+            raise SceneError(
+                f"{self.scene.name}: no training ray meets the box or the alpha mask; check --scene_bbox and the "
+                "poses, or train with --filter_rays 0"
+            )
+        pixels = PixelSet(self.scene.n_pixels, self.kept)
+        generator = make_generator(self.options.seed, f"sampler/{pixels.count}", self.device)
+        return build_sampler(self.options.strategy, self.scene, pixels, self.options, generator)
+
+    def set_l1_weight(self, weight: float) -> None:
+        for regulariser in self.regularisers:
+            if isinstance(regulariser, L1Density):
+                regulariser.weight = weight
+
+    def state_dict(self) -> dict:
+        """All that the rest of the run depends on; tensors and plain values."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "iteration": self.iteration,
+            "field": field_state(self.field),
+            "optimizer": self.optimizer.state_dict(),
+            "regularisers": {r.name: r.weight for r in self.regularisers},
+            "mask_grid": None if self.mask_grid is None else list(self.mask_grid),
+            "kept": None if self.kept is None else self.kept.cpu(),
+            "sampler": self.sampler.state_dict(),
+            "generators": {name: g.get_state() for name, g in self.generators.items()},
+            "timer": self.timer.state_dict(),
+            "memory": self.memory.state_dict(),
+            "seconds": [self.train_seconds, self.setup_seconds],
+            "samples_seen": dict(self.samples_seen),
+            "draws": self.draws.cpu(),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Continue where `state_dict` was taken. Raises CheckpointError if the file is damaged or another run's."""
+        self.field, state = load_field(path, self.device, self.config)
+        try:
+            self.optimizer = make_adam(self.field.param_groups(self.options.lr_init, self.options.lr_basis))
+            self.optimizer.load_state_dict(state["optimizer"])
+            for regulariser in self.regularisers:
+                regulariser.weight = state["regularisers"][regulariser.name]
+            self.mask_grid = None if state["mask_grid"] is None else tuple(state["mask_grid"])
+            self.kept = None if state["kept"] is None else state["kept"].to(self.device)
+            self.sampler = self.new_sampler()
+            self.sampler.load_state_dict(state["sampler"])
+            for name, generator in self.generators.items():
+                generator.set_state(state["generators"][name])
+            self.timer.load_state_dict(state["timer"])
+            self.memory.load_state_dict(state["memory"])
+            self.train_seconds, self.setup_seconds = state["seconds"]
+            self.samples_seen = dict(state["samples_seen"])
+            self.draws.copy_(state["draws"])
+            self.iteration = state["iteration"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise CheckpointError(
+                f"{path} does not fit this run ({reason}); remove it, or --overwrite the run"
+            ) from error
+        self.log = RunLog(self.folder, resume_step=self.iteration)
+        say(f"resuming {self.folder} at iteration {self.iteration}")
+
+    def save(self) -> None:
+        """Write a checkpoint; the last two are kept."""
+        save_checkpoint(self.state_dict(), self.folder / f"ckpt_{self.iteration}.th")
+        prune_checkpoints(self.folder, keep=2)
+
+    # --- training ---
+
+    def train(self, started: float) -> None:
+        """Steps until n_iters, evaluations and checkpoints on the way; started: perf_counter when the run began."""
+        o = self.options
+        if o.n_iters - self.iteration >= SHORTEST_ESTIMATED_RUN:
+            say(self.estimate())
+        self.setup_seconds += time.perf_counter() - started
+        self.memory.begin_segment()
+        losses: list[Tensor] = []
+        clock = time.perf_counter()
+        with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05) as bar:
+            while self.iteration < o.n_iters:
+                losses.append(self.step())
+                self.grow()
+                self.iteration += 1
+                bar.update()
+                if not self.due(o.progress_refresh_rate, o.vis_every, o.save_every):
+                    continue
+                mse = self.read_losses(losses)
+                seconds = time.perf_counter() - clock
+                self.train_seconds += seconds
+                step_ms = 1000.0 * seconds / len(losses)
+                self.log_steps(mse, step_ms)
+                bar.set_postfix(psnr=f"{mse_to_psnr(mse):.2f}", ms=f"{step_ms:.0f}", refresh=False)
+                losses.clear()
+                if self.due(o.vis_every) and self.iteration < o.n_iters:
+                    self.visualise()
+                if self.due(o.save_every):
+                    self.save()
+                clock = time.perf_counter()
+
+    def due(self, *periods: int) -> bool:
+        """Whether something with one of these periods happens now; everything does after the last step."""
+        return self.iteration == self.options.n_iters or any(self.iteration % period == 0 for period in periods)
+
+    def background(self) -> float:
+        """The step's background: the scene's, or black and white by turns (LLFF)."""
+        if self.scene.random_background:
+            return float(torch.rand((), generator=self.generators["background"]) < 0.5)
+        return float(self.scene.white_background)
+
+    def step(self) -> Tensor:
+        """One optimiser step; returns the plain mean squared error of the batch, which nobody has waited for."""
+        o, phase = self.options, self.timer.phase
+        with phase("sampler"):
+            pixels = self.sampler.sample(self.iteration)
+            self.watch(pixels)
+        with phase("forward"):
+            rays = cast_rays(self.scene, pixels)
+            n_samples = training_samples(self.field.grid_size, o.step_ratio, o.nSamples)
+            jitter = self.field.draw_jitter(len(rays), n_samples, self.generators["jitter"])
+            out = self.field.render(rays, self.background(), jitter, n_samples)
+            error = out.rgb - self.scene.colors(pixels)
+        with phase("sampler"):
+            weight = self.sampler.weigh(pixels, error.detach(), self.iteration)
+        with phase("forward"):
+            ray_loss = weight * error.square().mean(-1)
+            self.terms = {r.name: r(self.field, self.lr_factor) for r in self.regularisers if r.weight > 0}
+            loss = ray_loss.mean() + sum(self.terms.values())
+        with phase("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with phase("optimizer"):
+            self.optimizer.step()
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.lr_factor
+        with phase("sampler"):
+            self.sampler.update(pixels, ray_loss.detach(), self.iteration)
+        for name, count in (("live", out.n_live), ("colour", out.n_colour), ("rays", len(rays))):
+            self.samples_seen[name] += count
+        return error.detach().square().mean()
+
+    def watch(self, pixels: PixelBatch) -> None:
+        """Count the draws of the watched view, for the sampler's heat map."""
+        width, elsewhere = self.scene.width, self.draws.shape[0] - 1
+        column, row = pixels.xy.detach().long().unbind(-1)
+        index = torch.where(pixels.image_id == self.watched_view, row * width + column, elsewhere)
+        self.draws.index_add_(0, index.clamp_(0, elsewhere), torch.ones_like(index, dtype=self.draws.dtype))
+
+    def grow(self) -> None:
+        """Alpha mask, shrinking, ray filtering, upsampling: what is due after this iteration's optimiser step."""
+        o, iteration = self.options, self.iteration
+        if iteration not in o.update_AlphaMask_list and iteration not in o.upsamp_list:
+            return
+        self.memory.close_segment(self.static_mb())
+        with self.timer.phase("grow"):
+            if iteration in o.update_AlphaMask_list:
+                self.update_mask(first=iteration == o.update_AlphaMask_list[0])
+                if o.filter_rays and not self.scene.ndc and iteration in o.update_AlphaMask_list[1:2]:
+                    self.kept = kept_pixels(self.field, self.scene, by_mask=True, kept=self.kept)
+                    self.sampler = self.new_sampler()
+            if iteration in o.upsamp_list:
+                voxels = self.voxels[o.upsamp_list.index(iteration)]
+                upsample(self.field, resolution_for(voxels, self.field.aabb))
+                scale = 1.0 if o.lr_upsample_reset else o.lr_decay_target_ratio ** (iteration / o.n_iters)
+                self.optimizer = make_adam(self.field.param_groups(o.lr_init * scale, o.lr_basis * scale))
+        self.memory.begin_segment()
+
+    def update_mask(self, first: bool) -> None:
+        """A new alpha mask; the first one also shrinks the field to it and changes the L1 weight."""
+        if self.mask_grid is None or math.prod(self.field.grid_size) < MASK_VOXEL_LIMIT:
+            self.mask_grid = self.field.grid_size
+        box = update_alpha_mask(self.field, self.mask_grid)
+        if not first:
+            return
+        before = dict(self.field.named_parameters())
+        slices = shrink(self.field, box)
+        after, groups = dict(self.field.named_parameters()), self.field.param_groups(0.0, 0.0)
+        self.optimizer = crop_adam(self.optimizer, groups, before, after, slices)
+        self.set_l1_weight(self.options.L1_weight_rest)
+
+    def estimate(self) -> str:
+        """How long the rest of the run may take: a few steps on a throw-away copy, which leave no trace."""
+        field = restore_field(field_state(self.field), self.device)
+        generator = make_generator(self.options.seed, "estimate", self.device)
+        optimizer = make_adam(field.param_groups(0.0, 0.0))
+        n_samples = training_samples(field.grid_size, self.options.step_ratio, self.options.nSamples)
+        for number in range(REHEARSED_STEPS + 1):
+            if number == 1:  # the first step pays for what is set up only once
+                clock = time.perf_counter()
+            index = torch.randint(
+                self.scene.n_pixels, (self.options.batch_size,), generator=generator, device=self.device
+            )
+            pixels = pixel_batch(index, self.scene.height, self.scene.width)
+            rays = cast_rays(self.scene, pixels)
+            jitter = field.draw_jitter(len(rays), n_samples, generator)
+            out = field.render(rays, float(self.scene.white_background), jitter, n_samples)
+            loss = (out.rgb - self.scene.colors(pixels)).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        step = (time.perf_counter() - clock) / REHEARSED_STEPS
+        n_first = max(min([self.options.n_iters, *self.options.update_AlphaMask_list[:1]]) - self.iteration, 0)
+        n_later = self.options.n_iters - self.iteration - n_first
+        seconds = step * (n_first + (LATER_STEP_SHARE if n_first else 1.0) * n_later)
+        return (
+            f"{self.options.n_iters - self.iteration} steps on {device_name(self.device)}: about {eta_text(seconds)} "
+            f"(a step takes {1000 * step:.0f} ms now, less once the alpha mask exists, more as the grid grows)"
+        )
+
+    # --- reporting ---
+
+    def read_losses(self, losses: list[Tensor]) -> float:
+        """Mean of the steps' errors, the one number read back. Raises UserError if it is not finite."""
+        mse = torch.stack(losses).mean().item()
+        if not math.isfinite(mse):
+            raise UserError(
+                f"the loss became {mse} in iterations {self.iteration - len(losses)} to {self.iteration}; the last "
+                "checkpoint is from before that: lower --lr_init or --lr_basis and start again with --overwrite"
+            )
+        return mse
+
+    def log_steps(self, mse: float, step_ms: float) -> None:
+        """Scalars of the steps since the last call, to metrics.jsonl and TensorBoard."""
+        values = {"train/PSNR": mse_to_psnr(mse), "train/mse": mse}
+        values |= {f"train/{name}": term.item() for name, term in self.terms.items()}
+        values |= {"memory/allocated_mb": self.memory.allocated_mb(), "memory/peak_mb": self.memory.peak_mb()}
+        values |= {"time/step_ms": step_ms, "time/sampler_ms": self.timer.ms_per_step(self.iteration)["sampler"]}
+        self.log.scalars(self.iteration, values)
+
+    def static_mb(self) -> float:
+        """Memory that stays from step to step: pixels, parameters, optimiser, mask."""
+        state = [v for values in self.optimizer.state.values() for v in values.values()]
+        tensors = [scene.images for scene in self.scenes.values()] + [*self.field.parameters(), *self.field.buffers()]
+        return tensors_mb([*tensors, *state] + ([] if self.kept is None else [self.kept]))
+
+    def visualise(self) -> None:
+        """Evaluate N_vis test views, in between; pictures to imgs_vis and TensorBoard."""
+        test = self.scenes["test"]
+        views = evenly_spaced(test.n_images, self.options.N_vis)
+        if not views:
+            return
+        self.memory.close_segment(self.static_mb())
+        evaluation = evaluate(
+            test,
+            evaluation_renderer(self.field, test),
+            views,
+            self.perceptual,
+            self.folder / "imgs_vis",
+            self.options.eval_chunk,
+            prefix=f"{self.iteration:06d}_",
+        )
+        self.log.scalars(self.iteration, {f"test/{k}": v for k, v in evaluation.means.items() if v is not None})
+        self.show(evaluation)
+        self.memory.begin_segment()
+
+    def show(self, evaluation: Evaluation) -> None:
+        """A rendering beside its ground truth, its depth, and where the sampler spent its rays, to TensorBoard."""
+        pair = side_by_side([evaluation.rgb, evaluation.ground_truth])
+        draws = heat_map(self.draws[:-1].view(self.scene.height, self.scene.width).cpu().numpy())
+        photo = to_uint8(self.scene.image_rgb(self.watched_view).cpu().numpy())
+        for tag, picture in (
+            ("test/rendering_and_truth", pair),
+            ("test/depth", evaluation.depth),
+            ("sampler/draws", side_by_side([photo, draws])),
+        ):
+            self.log.image(self.iteration, tag, picture)
+
+    def finish(self) -> dict:
+        """The final evaluation and outputs; writes results.json, after which the run counts as finished."""
+        self.memory.close_segment(self.static_mb())
+        test = self.scenes["test"]
+        evaluation = write_outputs(self.options, self.field, self.scenes, self.perceptual, self.folder)
+        views = range(0, test.n_images, self.options.test_every)
+        few = [views[i] for i in evenly_spaced(len(views), REFERENCE_VIEWS)]
+        scored = evaluation or evaluate(test, evaluation_renderer(self.field, test), few, self.perceptual)
+        psnr = dict(zip(scored.indices, scored.psnr, strict=True))
+        means = evaluation.means if evaluation else dict.fromkeys(Evaluation.METRICS)
+        results = {**self.facts(), **means, "psnr_5view": sum(psnr[i] for i in few) / len(few)}
+        results["per_view"] = evaluation.results()["per_view"] if evaluation else None
+        results["lpips"] = self.perceptual.lines
+        if evaluation:
+            scalars = {"test/psnr_all": means["psnr"], **{f"test/{k}": v for k, v in means.items()}}
+            self.log.scalars(self.iteration, {k: v for k, v in scalars.items() if v is not None})
+        self.show(scored)
+        self.log.close()
+        write_json_atomic(self.folder / "results.json", results)
+        say(
+            f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB, training took "
+            f"{eta_text(self.train_seconds)}, peak memory {results['peak_memory_mb']:.0f} MB"
+        )
+        return results
+
+    def facts(self) -> dict:
+        """The part of results.json that is known without rendering."""
+        o, seen, steps = self.options, self.samples_seen, max(self.iteration, 1)
+        return {
+            "dataset": o.nerf_dataset,
+            "scene": o.nerf_scene,
+            "strategy": o.strategy,
+            "seed": o.seed,
+            "model_name": o.model_name,
+            "n_iters": o.n_iters,
+            "batch_size": o.batch_size,
+            "rays_per_step": seen["rays"] / steps,
+            "live_samples_per_step": seen["live"] / steps,
+            "colour_samples_per_step": seen["colour"] / steps,
+            "train_seconds": self.train_seconds,
+            "setup_seconds": self.setup_seconds,
+            "ms_per_step": self.timer.ms_per_step(steps),
+            "peak_memory_mb": self.memory.peak_mb(),
+            "static_memory_mb": self.static_mb(),
+            "step_memory_mb": self.memory.step_mb(),
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+            "commit": git_commit(),
+            "kernels": self.field.kernels_name,
+        }

@@ -1,0 +1,89 @@
+"""Checkpoints: written whole or not at all, and read without running any code they might hold."""
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.errors import CheckpointError
+from utils.run_folder import atomic_file, naming_os_errors
+
+CHECKPOINT_NAME = re.compile(r"ckpt_(\d+)\.th")
+
+# TensoRF's files hold their packed alpha mask as a numpy array of uint8; this is what rebuilds one, and nothing
+# more. Files written with numpy 1 and 2 name the function differently.
+_reconstruct = np.empty(0).__reduce__()[0]
+_SAFE_GLOBALS = [
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint8)),
+]
+
+# How torch's restricted reader says that a file asks for an object outside its list.
+_REFUSAL = re.compile(r"GLOBAL|call reduce|Can only (create|build)|[Uu]nsupported class")
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Write `state` (tensors and plain values) to `path`; an older file there stays intact until the new one is
+    safe on disk. Raises RunFolderError if the disk is full, read-only or forbidden."""
+    with atomic_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch's zip writer hides the disk's error behind its own.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict:
+    """The dictionary in a checkpoint, this program's or TensoRF's, read with weights_only.
+
+    Raises CheckpointError if the file is missing, damaged, or holds objects that could run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; check --ckpt")
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except Exception as error:  # garbage makes the reader fail in any way at all
+        if isinstance(error, pickle.UnpicklingError) and _REFUSAL.search(str(error)):
+            message = f"{path} holds objects that could run code; refused: use a checkpoint of tensors and plain values"
+            raise CheckpointError(message) from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint: remove it, or use an older one") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no dictionary, so it is no checkpoint of a field: choose another file")
+    return state
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The ckpt_{iteration}.th of the highest iteration in `folder`, or None."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def prune_checkpoints(folder: Path, keep: int = 2) -> None:
+    """Remove all but the `keep` (>= 1) latest checkpoints, and what a killed run left half written.
+
+    Raises RunFolderError if one cannot be removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    for path in [*_checkpoints(folder)[:-keep], *Path(folder).glob(".ckpt_*.tmp")]:
+        with naming_os_errors(path):
+            path.unlink(missing_ok=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, by iteration."""
+    named = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in Path(folder).glob("ckpt_*.th")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
