@@ -226,7 +226,8 @@ BY_NAME = {option.name: option for group in OPTIONS.values() for option in group
 
 # What may differ between a run and its resumption: where things lie, what is shown and how often; not the result.
 RUN_IDENTITY_EXEMPT = frozenset(
-    {option.name for option in (*OPTIONS["run"], *OPTIONS["evaluation and output"])} - {"seed"} | {"data_folder"}
+    {option.name for option in (*OPTIONS["run"], *OPTIONS["evaluation and output"])} - {"seed", "ckpt"}
+    | {"data_folder"}
 )
 
 ONLY_ON_COMMAND_LINE = {
@@ -493,6 +494,9 @@ def _file_faults(values: dict[str, Any]):
         yield "ckpt", "there is no such file; checkpoints lie in the run's folder as ckpt_{iteration}.th"
     if values["lpips_weights"] is not None and not Path(values["lpips_weights"]).is_dir():
         yield "lpips_weights", "there is no such folder; give the one that holds the backbones' .pth files"
+    exported = values["export_tensorf"]
+    if exported is not None and (Path(exported).is_dir() or not Path(exported).absolute().parent.is_dir()):
+        yield "export_tensorf", "is no file in a folder that exists; make the folder, or give another file"
     several = "multi_data" if values["multi_data"] else "seeds" if values["seeds"] > 1 else None
     for name in ("ckpt", "export_tensorf"):
         if several and values[name] is not None:

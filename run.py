@@ -98,13 +98,11 @@ def check_ready(options: Namespace) -> None:
 
 
 def choose_device(name: str, use_cuda: int) -> str:
-    """`--device`, with auto resolved to CUDA device `use_cuda`, or to the CPU where there is no CUDA."""
+    """`--device`, with auto resolved to CUDA device `use_cuda` where there is CUDA."""
     import torch
 
-    if name != "auto":
+    if name != "auto" or not torch.cuda.is_available():
         return name
-    if not torch.cuda.is_available():
-        return "cpu"
     if not 0 <= use_cuda < torch.cuda.device_count():
         raise OptionError(f"use_cuda={use_cuda}: this machine has {torch.cuda.device_count()} CUDA devices, from 0 on")
     return f"cuda:{use_cuda}"

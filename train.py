@@ -1,6 +1,7 @@
 """One run: build, step, grow, evaluate, checkpoint. The wiring; formulas and strategies live elsewhere."""
 
 import math
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -28,7 +29,7 @@ from utils.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpo
 from utils.console import say
 from utils.device import device_name
 from utils.errors import CheckpointError, OptionError, SceneError, UserError
-from utils.images import heat_map, side_by_side, to_uint8
+from utils.images import heat_map, save_png, side_by_side, to_uint8
 from utils.logs import RunLog
 from utils.memory import MemoryMeter, tensors_mb
 from utils.optimizers import crop_adam, make_adam
@@ -57,9 +58,11 @@ def run(options: Namespace) -> dict:
     )
     if options.render_only:
         return render_only(options, folder, device)
-    status = prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), options.overwrite)
-    if status == "finished":
-        say(f"{folder}: this run is finished; --overwrite starts it afresh, --render_only renders from it")
+    settings = resolved_dict(options)
+    if (folder / "results.json").exists() and not options.overwrite:
+        # Before anything is loaded: a finished run answers at once, or refuses other settings.
+        prepare_run_folder(folder, settings, set(RUN_IDENTITY_EXEMPT), overwrite=False)
+        say(f"{folder}: this run is finished; --overwrite starts it afresh, --render_only 1 renders from it")
         return read_json(folder / "results.json")
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
@@ -68,7 +71,14 @@ def run(options: Namespace) -> dict:
     memory.start()
     scenes = {split: load_split(options, split) for split in ("train", "test")}
     trainer = Trainer(options, folder, device, scenes, perceptual, memory)
-    trainer.resume_or_begin(latest_checkpoint(folder) if status == "resume" else None)
+    afresh = options.overwrite or latest_checkpoint(folder) is None
+    if afresh:
+        trainer.begin()
+    # After all that can be wrong with the input: a fault leaves nothing behind, and removes no run to be overwritten.
+    prepare_run_folder(folder, settings, set(RUN_IDENTITY_EXEMPT), options.overwrite)
+    if not afresh:
+        trainer.restore(latest_checkpoint(folder))
+    trainer.open_log()
     with torch.autograd.set_detect_anomaly(options.debug):
         trainer.train(started)
     return trainer.finish()
@@ -79,12 +89,15 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
-        say("no CUDA device found: training on the CPU")
+        say("no CUDA device found: using the CPU")
         return torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices; try auto")
-    return device
+        raise OptionError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto"
+        )
+    # Tensors name their device with its index; so do we, to compare.
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def load_split(options: Namespace, split: str) -> Scene:
@@ -134,39 +147,43 @@ def render_only(options: Namespace, folder: Path, device: torch.device) -> dict:
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
-    scenes = {"test": scene.to(device)}
+    scenes = {"test": scene.cameras_to(device)}
     if options.render_train:
-        scenes["train"] = load_split(options, "train").to(device)
-    evaluation = write_outputs(options, field, scenes, perceptual, path.parent)
+        scenes["train"] = load_split(options, "train").cameras_to(device)
+    evaluation = score(options, field, scenes, perceptual, path.parent)
+    export(options, field, scenes["test"], path.parent)
     return evaluation.results() if evaluation else {}
 
 
-def write_outputs(
+def score(
     options: Namespace, field: Field, scenes: dict[str, Scene], perceptual: PerceptualMetrics, folder: Path
 ) -> Evaluation | None:
-    """What --render_test/train/path and --export_* ask for, into `folder`; returns the test views' evaluation."""
-    evaluation, test = None, scenes["test"]
-    render = evaluation_renderer(field, test)
+    """Render the views that --render_test/train ask for into `folder`; returns the test views' evaluation."""
+    evaluation = None
     for split in ("train", "test"):
         if getattr(options, f"render_{split}"):
             scene, out = scenes[split], folder / f"imgs_{split}_all"
-            every = options.test_every if split == "test" else 1
-            scored = evaluate(
-                scene, render, range(0, scene.n_images, every), perceptual, out, options.eval_chunk, save_video=True
-            )
+            views = range(0, scene.n_images, options.test_every if split == "test" else 1)
+            render = evaluation_renderer(field, scene)
+            scored = evaluate(scene, render, views, perceptual, out, options.eval_chunk, save_video=True)
             means = ", ".join(f"{k} {v:.4f}" for k, v in scored.means.items() if v is not None)
-            say(f"{split} views: {means}; pictures in {out}")
+            say(f"{len(views)} {split} views: {means}; pictures in {out}")
             evaluation = scored if split == "test" else evaluation
+    return evaluation
+
+
+def export(options: Namespace, field: Field, test: Scene, folder: Path) -> None:
+    """What --render_path and --export_* ask for."""
     if options.render_path:
-        render_poses(test, render, test.render_path, test.intrinsics[0], folder / "imgs_path_all", options.eval_chunk)
-        say(f"camera path in {folder / 'imgs_path_all'}")
-    if options.export_mesh:
-        write_mesh(field, folder / "mesh.ply")
-        say(f"mesh in {folder / 'mesh.ply'}")
+        out, render = folder / "imgs_path_all", evaluation_renderer(field, test)
+        render_poses(test, render, test.render_path, test.intrinsics[0], out, options.eval_chunk)
+        say(f"camera path in {out}")
     if options.export_tensorf:
         write_tensorf(field, Path(options.export_tensorf))
         say(f"TensoRF checkpoint in {options.export_tensorf}")
-    return evaluation
+    if options.export_mesh:
+        write_mesh(field, folder / "mesh.ply")
+        say(f"mesh in {folder / 'mesh.ply'}")
 
 
 def evaluation_renderer(field: Field, scene: Scene):
@@ -192,7 +209,8 @@ class Trainer:
     ) -> None:
         self.options, self.folder, self.device = options, folder, device
         self.perceptual, self.memory = perceptual, memory
-        self.scenes = {split: scene.to(device) for split, scene in scenes.items()}
+        # The test images stay where they are: training must not pay for them.
+        self.scenes = {"train": scenes["train"].to(device), "test": scenes["test"].cameras_to(device)}
         self.scene = self.scenes["train"]
         self.config = field_config(options, self.scene)
         self.lr_factor = learning_rate_factor(options.lr_decay_target_ratio, options.lr_decay_iters, options.n_iters)
@@ -210,18 +228,17 @@ class Trainer:
         self.watched_view = self.scene.n_images // 2
         self.draws = torch.zeros(self.scene.height * self.scene.width + 1, device=device)
 
-    # --- beginning and resuming ---
-
-    def resume_or_begin(self, checkpoint: Path | None) -> None:
-        """Restore the run from its checkpoint, or build field, optimiser and sampler afresh (from --ckpt if given)."""
-        o = self.options
+        o = options
         self.regularisers = build_regularisers(
             max(o.L1_weight_inital, o.L1_weight_rest), o.TV_weight_density, o.TV_weight_app, o.Ortho_weight
         )
         self.set_l1_weight(o.L1_weight_inital)
-        if checkpoint is not None:
-            self.restore(checkpoint)
-            return
+
+    # --- beginning and resuming ---
+
+    def begin(self) -> None:
+        """Build field (from --ckpt if given), optimiser and sampler afresh; writes nothing."""
+        o = self.options
         if o.ckpt:
             self.field, _ = load_field(Path(o.ckpt), self.device, self.config)
             say(f"starting from the field in {o.ckpt}")
@@ -232,7 +249,6 @@ class Trainer:
         if o.filter_rays and not self.scene.ndc:
             self.kept = kept_pixels(self.field, self.scene, by_mask=False)
         self.sampler = self.new_sampler()
-        self.log = RunLog(self.folder)
 
     def new_sampler(self):
         """A sampler over the kept pixels, with a stream of its own for every set of them."""
@@ -289,16 +305,24 @@ class Trainer:
             self.samples_seen = dict(state["samples_seen"])
             self.draws.copy_(state["draws"])
             self.iteration = state["iteration"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise CheckpointError(
                 f"{path} does not fit this run ({reason}); remove it, or --overwrite the run"
             ) from error
-        self.log = RunLog(self.folder, resume_step=self.iteration)
         say(f"resuming {self.folder} at iteration {self.iteration}")
 
+    def open_log(self) -> None:
+        """Start the log, or continue it behind the restored iteration."""
+        self.log = RunLog(self.folder, resume_step=self.iteration + 1 if self.iteration else None)
+
     def save(self) -> None:
-        """Write a checkpoint; the last two are kept."""
+        """Write a checkpoint; the last two are kept. Raises UserError if the field has become NaN or infinite."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.field.parameters()):
+            raise UserError(
+                f"the field became NaN or infinite before iteration {self.iteration} (nothing was saved since): lower "
+                "--lr_init or --lr_basis and start again with --overwrite"
+            )
         save_checkpoint(self.state_dict(), self.folder / f"ckpt_{self.iteration}.th")
         prune_checkpoints(self.folder, keep=2)
 
@@ -313,7 +337,9 @@ class Trainer:
         self.memory.begin_segment()
         losses: list[Tensor] = []
         clock = time.perf_counter()
-        with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05) as bar:
+        # In a log file a bar is a line each time; a person wants it smooth.
+        pause = 0.2 if sys.stderr.isatty() else 30.0
+        with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05, mininterval=pause) as bar:
             while self.iteration < o.n_iters:
                 losses.append(self.step())
                 self.grow()
@@ -451,8 +477,13 @@ class Trainer:
         mse = torch.stack(losses).mean().item()
         if not math.isfinite(mse):
             raise UserError(
-                f"the loss became {mse} in iterations {self.iteration - len(losses)} to {self.iteration}; the last "
-                "checkpoint is from before that: lower --lr_init or --lr_basis and start again with --overwrite"
+                f"the loss became {mse} between iterations {self.iteration - len(losses)} and {self.iteration} "
+                "(nothing was saved since): lower --lr_init or --lr_basis and start again with --overwrite"
+            )
+        if not self.samples_seen["live"]:
+            raise SceneError(
+                f"{self.scene.name}: no ray of the first {self.iteration} iterations met the box between near "
+                f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses"
             )
         return mse
 
@@ -467,7 +498,8 @@ class Trainer:
     def static_mb(self) -> float:
         """Memory that stays from step to step: pixels, parameters, optimiser, mask."""
         state = [v for values in self.optimizer.state.values() for v in values.values()]
-        tensors = [scene.images for scene in self.scenes.values()] + [*self.field.parameters(), *self.field.buffers()]
+        images = [scene.images for scene in self.scenes.values() if scene.device == self.device]
+        tensors = [*images, *self.field.parameters(), *self.field.buffers()]
         return tensors_mb([*tensors, *state] + ([] if self.kept is None else [self.kept]))
 
     def visualise(self) -> None:
@@ -501,12 +533,13 @@ class Trainer:
             ("sampler/draws", side_by_side([photo, draws])),
         ):
             self.log.image(self.iteration, tag, picture)
+        save_png(self.folder / "overview.png", side_by_side([pair, evaluation.depth]))
 
     def finish(self) -> dict:
         """The final evaluation and outputs; writes results.json, after which the run counts as finished."""
         self.memory.close_segment(self.static_mb())
         test = self.scenes["test"]
-        evaluation = write_outputs(self.options, self.field, self.scenes, self.perceptual, self.folder)
+        evaluation = score(self.options, self.field, self.scenes, self.perceptual, self.folder)
         views = range(0, test.n_images, self.options.test_every)
         few = [views[i] for i in evenly_spaced(len(views), REFERENCE_VIEWS)]
         scored = evaluation or evaluate(test, evaluation_renderer(self.field, test), few, self.perceptual)
@@ -525,6 +558,8 @@ class Trainer:
             f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB, training took "
             f"{eta_text(self.train_seconds)}, peak memory {results['peak_memory_mb']:.0f} MB"
         )
+        # Last, because the run is safe by now if an export fails.
+        export(self.options, self.field, test, self.folder)
         return results
 
     def facts(self) -> dict:

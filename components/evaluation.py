@@ -108,7 +108,7 @@ def evaluate(
     with _Pictures(scene, out_dir, prefix, save_video) as pictures:
         for index in bar:
             view = render_view(scene, render_rays, scene.c2w[index], scene.intrinsics[index], chunk)
-            truth = scene.image_rgb(index)
+            truth = scene.image_rgb(index).to(view.rgb.device)
             result.psnr.append(psnr(view.rgb, truth))
             result.ssim.append(ssim(view.rgb, truth))
             distances = perceptual.measure(view.rgb, truth)

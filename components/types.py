@@ -109,6 +109,11 @@ class Scene:
         moved = {k: getattr(self, k).to(device) for k in ("images", "c2w", "intrinsics", "aabb", "render_path")}
         return replace(self, **moved)
 
+    def cameras_to(self, device: torch.device | str) -> "Scene":
+        """The same scene with everything but the images on `device`: enough to render its views."""
+        moved = {k: getattr(self, k).to(device) for k in ("c2w", "intrinsics", "aabb", "render_path")}
+        return replace(self, **moved)
+
     def colors(self, pixels: PixelBatch) -> Tensor:
         """Ground-truth rgb [B, 3] float32 of the pixels under `pixels.xy`; RGBA is blended on white as
         rgb*a + (1 - a), on black as rgb*a (the TensoRF loaders' rule)."""

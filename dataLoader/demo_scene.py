@@ -94,8 +94,8 @@ def _orrery(add: _Builder) -> None:
     add.cylinder("ebony", (0, 0, TABLE_TOP), (0, 0, TABLE_TOP + 0.06), 0.15)
     add.sphere("sun", sun, 0.21)
     orbits = (
-        (0.52, 0.016, 20.0, 10.0, 32, ((40, 0.085, "jade"), (200, 0.06, "coral"))),
-        (0.82, 0.014, -14.0, 70.0, 40, ((95, 0.11, "banded"), (330, 0.07, "cobalt"), (215, 0.05, "brass"))),
+        (0.52, 0.024, 20.0, 10.0, 32, ((40, 0.085, "jade"), (200, 0.06, "coral"))),
+        (0.82, 0.022, -14.0, 70.0, 40, ((95, 0.11, "banded"), (330, 0.07, "cobalt"), (215, 0.05, "brass"))),
     )
     for radius, tube, tilt, node, n, planets in orbits:
         t, m = math.radians(tilt), math.radians(node)
@@ -105,7 +105,7 @@ def _orrery(add: _Builder) -> None:
         for angle, size, material in planets:
             add.sphere(material, _on_circle(sun, x, y, radius, math.radians(angle)), size)
         for angle in (0.0, math.pi):
-            add.capsule("brass", sun, _on_circle(sun, x, y, radius, angle), 0.011)
+            add.capsule("brass", sun, _on_circle(sun, x, y, radius, angle), 0.018)
 
 
 def _still_life(add: _Builder) -> None:
@@ -128,6 +128,6 @@ def _jack(add: _Builder, centre: Vector, reach: float) -> None:
     for axis in axes:
         one = tuple(c + reach * k for c, k in zip(centre, axis, strict=True))
         two = tuple(c - reach * k for c, k in zip(centre, axis, strict=True))
-        add.capsule("ebony", one, two, 0.018)
+        add.capsule("ebony", one, two, 0.024)
         add.sphere("coral", one, 0.045)
         add.sphere("jade", two, 0.045)

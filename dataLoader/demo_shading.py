@@ -90,7 +90,7 @@ def _albedo(name: str, p: Tensor, world: Tensor) -> Tensor:
         veins = torch.sin(14 * (x + 0.7 * z) + 7 * value_noise(p * 7) + 2.5 * value_noise(p * 15))
         return _mix((0.10, 0.24, 0.36), (0.88, 0.90, 0.90), (0.5 + 0.5 * veins) ** 0.7)
     if name == "checker":
-        board = torch.sin(5 * math.pi * x / 0.4) * torch.sin(5 * math.pi * y / 0.4) * torch.sin(5 * math.pi * z / 0.4)
+        board = torch.sin(3 * math.pi * x / 0.4) * torch.sin(3 * math.pi * y / 0.4) * torch.sin(3 * math.pi * z / 0.4)
         return _mix((0.09, 0.16, 0.34), (0.93, 0.86, 0.72), 0.5 + 0.5 * torch.tanh(9 * board))
     if name == "wood":
         rings = torch.sin(34 * torch.sqrt((y + 0.32) ** 2 + (z + 0.2) ** 2) * 2 + 4 * value_noise(p * 6))
@@ -101,7 +101,7 @@ def _albedo(name: str, p: Tensor, world: Tensor) -> Tensor:
         angle = torch.atan2(world[:, 2] + 0.33, (world[:, 0] - 0.5) * 0.5736 + (world[:, 1] + 0.48) * 0.8192)
         return _mix((0.95, 0.78, 0.15), (0.10, 0.42, 0.40), _wave(angle / (2 * math.pi) * 12))
     if name == "banded":
-        swirl = z * 42 + 3 * value_noise(p * 18)
+        swirl = z * 30 + 3 * value_noise(p * 18)
         return _mix((0.85, 0.62, 0.40), (0.55, 0.25, 0.16), 0.5 + 0.5 * torch.sin(swirl))
     return torch.tensor(PLAIN[name]).expand_as(p)
 
@@ -110,11 +110,11 @@ def _inlay(world: Tensor) -> Tensor:
     """The table: a dial of rings and sectors in two woods, with a stone border."""
     x, y = world[:, 0], world[:, 1]
     r, angle = torch.sqrt(x * x + y * y + 1e-9), torch.atan2(y, x) / (2 * math.pi)
-    grain = 0.85 + 0.3 * value_noise(torch.stack([x * 5, y * 26, torch.zeros_like(x)], -1))
-    ring = _wave(r / 0.36 + 0.13, 8.0)
-    sector = _wave(angle * 12, 6.0)
+    grain = 0.9 + 0.2 * value_noise(torch.stack([x * 4, y * 14, torch.zeros_like(x)], -1))
+    ring = _wave(r / 0.5 + 0.13, 5.0)
+    sector = _wave(angle * 8, 5.0)
     board = ring * sector + (1 - ring) * (1 - sector)
     wood = _mix((0.40, 0.20, 0.10), (0.86, 0.68, 0.44), board) * grain[:, None]
     border = torch.sigmoid((r - 0.9) * 120) * torch.sigmoid((1.035 - r) * 120)
-    ticks = _mix((0.10, 0.13, 0.17), (0.78, 0.78, 0.74), _wave(angle * 48, 4.0))
+    ticks = _mix((0.10, 0.13, 0.17), (0.78, 0.78, 0.74), _wave(angle * 24, 4.0))
     return wood * (1 - border)[:, None] + ticks * border[:, None]

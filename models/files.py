@@ -48,7 +48,7 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
             )
         try:
             field = restore_field(state["field"], device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{path} is damaged: its field cannot be rebuilt ({type(error).__name__}); use an older checkpoint"
             ) from error
@@ -61,7 +61,10 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
         if theirs[name] != ours[name]
     ]
     if differing:
-        raise CheckpointError(f"{path} holds another field than the options ask for: give {', '.join(differing)}")
+        raise CheckpointError(
+            f"{path} holds another field than the options ask for: give {', '.join(differing)}, or another checkpoint "
+            "(if it is this run's own: remove it, or --overwrite the run)"
+        )
     return field, state
 
 

@@ -52,6 +52,11 @@ def update_alpha_mask(field: Field, grid: tuple[int, int, int]) -> Tensor:
     volume = pooled >= field.config.alpha_threshold
     passing = xyz.permute(2, 1, 0, 3)[volume]
     if passing.shape[0] == 0:
+        if not alpha.isfinite().all():
+            raise EmptyMaskError(
+                "the alpha mask is empty, for the densities have become NaN: lower --lr_init or --lr_basis and start "
+                "again with --overwrite"
+            )
         raise EmptyMaskError(
             f"the alpha mask is empty: no grid point reaches alpha {field.config.alpha_threshold:g} "
             f"(largest {alpha.max().item():.2e}); check that the scene lies in the box (--scene_bbox) and between "

@@ -57,9 +57,12 @@ def from_tensorf(state: dict, device: torch.device | str, ndc: bool, path: str =
         if "alphaMask.mask" in state:
             shape = tuple(int(n) for n in state["alphaMask.shape"])[-3:]
             bits = np.unpackbits(np.asarray(state["alphaMask.mask"]))[: math.prod(shape)].reshape(shape)
-            field.alpha_mask = AlphaMask(torch.from_numpy(bits.astype(bool)), state["alphaMask.aabb"].cpu().float())
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+            box = state["alphaMask.aabb"].cpu().float()
+            if box.shape != (2, 3) or not bool((box[1] > box[0]).all()):
+                raise ValueError("alphaMask.aabb is no box")
+            field.alpha_mask = AlphaMask(torch.from_numpy(bits.astype(bool)), box)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} is not a complete TensoRF checkpoint ({type(error).__name__}: {reason})"
         ) from error

@@ -313,7 +313,7 @@ def test_what_decides_a_result_is_part_of_a_runs_identity():
     assert set(BY_NAME) > RUN_IDENTITY_EXEMPT
     decisive = {"seed", "strategy", "nerf_dataset", "nerf_scene", "n_iters", "downsample_test", "filter_rays"}
     assert not decisive & RUN_IDENTITY_EXEMPT
-    assert {"device", "overwrite", "save_dir", "data_folder", "vis_every", "ckpt"} <= RUN_IDENTITY_EXEMPT
+    assert {"device", "overwrite", "save_dir", "data_folder", "vis_every"} <= RUN_IDENTITY_EXEMPT
 
 
 def test_help_names_every_option_with_its_default(capsys):

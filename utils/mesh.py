@@ -23,7 +23,7 @@ def export_mesh(path: Path, volume: np.ndarray, aabb: np.ndarray, level: float) 
     if not lowest < level < highest:
         raise UserError(
             f"no surface for {path}: the volume runs from {lowest:.4g} to {highest:.4g} and never crosses {level:.4g}; "
-            "train longer or change --alpha_mask_thre"
+            "train longer, or check that the scene lies in the box (--scene_bbox)"
         )
     spacing = (aabb[1] - aabb[0]) / (np.array(volume.shape) - 1)
     # With skimage's default the faces of a dense object would look inwards.

@@ -14,7 +14,16 @@ from typing import IO, Any
 from utils.errors import RunFolderError
 
 # All that a run writes. `--overwrite` removes these and nothing else.
-RUN_FILES = (".*.tmp", "results.json", "ckpt_*.th", "metrics.jsonl", "events.out.*", "mesh.ply", "args.json")
+RUN_FILES = (
+    ".*.tmp",
+    "results.json",
+    "ckpt_*.th",
+    "metrics.jsonl",
+    "events.out.*",
+    "mesh.ply",
+    "overview.png",
+    "args.json",
+)
 RUN_FOLDERS = ("imgs_vis", "imgs_test_all", "imgs_train_all", "imgs_path_all")
 
 

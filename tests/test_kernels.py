@@ -1,0 +1,211 @@
+"""gather_lookups against torch_lookups, its definition: values, gradients, borders, chunks, determinism."""
+
+import random
+
+import pytest
+import torch
+
+from models.kernels import gather_lookups, select, torch_lookups
+from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
+
+DTYPES = [torch.float32, torch.float64]
+# float32: of an array's largest magnitude. float64: rounding alone, a million times finer.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class Case:
+    """Random factors, basis and points of one decomposition; `outputs` runs density and appearance of a backend."""
+
+    def __init__(self, model, seed, n_points, grid, counts, dtype=torch.float32, channels_last=True):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            values = torch.randn(*shape, generator=generator, dtype=dtype)
+            if len(shape) == 4 and channels_last:
+                values = values.contiguous(memory_format=torch.channels_last)
+            return values.requires_grad_()
+
+        counts = counts if model == "VM" else (counts[0],) * 3
+        self.planes = []
+        if model == "VM":
+            axes = zip(counts, PLANE_AXES, strict=True)
+            self.planes = [normal(1, c, grid[v], grid[u]) for c, (u, v) in axes]
+        self.lines = [normal(1, c, grid[w], 1) for c, w in zip(counts, LINE_AXES, strict=True)]
+        self.basis = normal(7, sum(counts) if model == "VM" else counts[0])
+        self.xyz = points(generator, n_points, grid, dtype)
+        self.upstream = torch.randn(n_points, 8, generator=generator, dtype=dtype)
+        self.leaves = [*self.planes, *self.lines, self.basis]
+
+    def outputs(self, backend):
+        """(density [K], appearance [K, 7])."""
+        if self.planes:
+            density = backend.vm_density(self.planes, self.lines, self.xyz)
+            return density, backend.vm_appearance(self.planes, self.lines, self.basis, self.xyz)
+        return backend.cp_density(self.lines, self.xyz), backend.cp_appearance(self.lines, self.basis, self.xyz)
+
+    def gradients(self, backend):
+        """Gradients of all factors and the basis for `upstream`."""
+        density, appearance = self.outputs(backend)
+        loss = (density * self.upstream[:, 0]).sum() + (appearance * self.upstream[:, 1:]).sum()
+        return torch.autograd.grad(loss, self.leaves)
+
+
+def points(generator, n, grid, dtype):
+    """Normalised points: a fifth each on grid points, on the border, up to two cells outside, far away; else inside."""
+    xyz = torch.rand(n, 3, generator=generator, dtype=dtype) * 2 - 1
+    size = torch.tensor(grid, dtype=dtype)
+    on_grid = torch.floor(torch.rand(n, 3, generator=generator, dtype=dtype) * size) / (size - 1) * 2 - 1
+    border = torch.sign(torch.randn(n, 3, generator=generator, dtype=dtype))
+    beyond = border * (1 + 4 * torch.rand(n, 3, generator=generator, dtype=dtype) / (size - 1))
+    kind = torch.randint(0, 5, (n,), generator=generator)
+    axis = torch.randint(0, 3, (n,), generator=generator)
+    rows = torch.arange(n)
+    for number, special in enumerate((on_grid, border, beyond, border * 1e6)):
+        chosen = kind == number
+        xyz[rows[chosen], axis[chosen]] = special[rows[chosen], axis[chosen]]
+    xyz[kind == 0] = on_grid[kind == 0]
+    return xyz
+
+
+def assert_equal_up_to_rounding(ours, definition, dtype):
+    for actual, expected in zip(ours, definition, strict=True):
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        if actual.numel():
+            scale = expected.abs().max().clamp_min(1e-30)
+            assert ((actual - expected).abs().max() / scale) < TOLERANCE[dtype]
+
+
+def check(case, dtype):
+    with torch.no_grad():
+        ours, definition = case.outputs(gather_lookups), case.outputs(torch_lookups)
+    assert_equal_up_to_rounding(ours, definition, dtype)
+    assert_equal_up_to_rounding(case.gradients(gather_lookups), case.gradients(torch_lookups), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", ["VM", "CP"])
+@pytest.mark.parametrize("seed", range(8))
+def test_values_and_gradients_equal_the_definition_for_random_shapes(model, seed, dtype):
+    rng = random.Random(seed)
+    grid = tuple(rng.choice([2, 3, rng.randint(2, 100)]) for _ in range(3))
+    counts = tuple(rng.choice([1, 2, rng.randint(1, 96)]) for _ in range(3))
+    check(Case(model, seed, rng.randint(2, 1500), grid, counts, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_values_and_gradients_equal_the_definition_on_large_grids(model, dtype):
+    check(Case(model, 11, 800, (400, 211, 37), (96, 3, 16), dtype), dtype)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+@pytest.mark.parametrize("n_points", [0, 1])
+def test_none_or_one_point_is_enough(model, n_points):
+    check(Case(model, 3, n_points, (5, 6, 7), (2, 3, 4)), torch.float32)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_no_points_give_zero_gradients(model):
+    for gradient in Case(model, 3, 0, (5, 6, 7), (2, 3, 4)).gradients(gather_lookups):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_memory_layout_of_the_factors_does_not_matter(model, channels_last):
+    case = Case(model, 5, 700, (9, 14, 6), (5, 8, 3), torch.float64, channels_last)
+    assert all(line.is_contiguous(memory_format=torch.channels_last) for line in case.lines) or not channels_last
+    check(case, torch.float64)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+@pytest.mark.parametrize("size", [1, 7, 64, 299, 300, 301])
+def test_chunk_borders_change_nothing(model, size, monkeypatch):
+    case = Case(model, 6, 300, (9, 14, 6), (5, 8, 3), torch.float64)
+    whole, whole_gradients = case.outputs(gather_lookups), case.gradients(gather_lookups)
+    monkeypatch.setattr(gather_lookups, "_chunk", lambda tables: size)
+    assert_equal_up_to_rounding(case.outputs(gather_lookups), whole, torch.float64)
+    assert_equal_up_to_rounding(case.gradients(gather_lookups), whole_gradients, torch.float64)
+
+
+def test_many_points_take_several_chunks_of_the_size_that_fits_the_cache(monkeypatch):
+    seen = []
+    lookups = gather_lookups._lookups
+
+    def spy(chunk, *rest):
+        seen.append(len(chunk))
+        return lookups(chunk, *rest)
+
+    monkeypatch.setattr(gather_lookups, "_lookups", spy)
+    monkeypatch.setattr(gather_lookups, "_CHUNK_VALUES", {"cpu": 14_000})
+    case = Case("VM", 7, 2500, (9, 14, 6), (2, 3, 5))
+    # Tables of 2 * (2 + 3 + 5) components: 28000 / 20 = 1400 points at once.
+    case.outputs(gather_lookups)
+    assert seen == [1400, 1100] * 2
+    monkeypatch.setattr(gather_lookups, "_CHUNK_VALUES", {"cpu": 1})
+    seen.clear()
+    case.outputs(gather_lookups)
+    assert seen == [1024, 1024, 452] * 2
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_points_that_require_a_gradient_get_the_definitions(model):
+    case = Case(model, 8, 60, (9, 14, 6), (2, 3, 4), torch.float64)
+    case.xyz.requires_grad_()
+    leaves, case.leaves = case.leaves, [case.xyz, *case.leaves]
+    ours, definition = case.gradients(gather_lookups), case.gradients(torch_lookups)
+    assert ours[0].abs().max() > 0
+    assert len(ours) == len(leaves) + 1
+    assert_equal_up_to_rounding(ours, definition, torch.float64)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_gradients_of_points_and_factors_match_finite_differences(model):
+    case = Case(model, 9, 6, (3, 4, 5), (2, 1, 2), torch.float64)
+    # Inside cells: at their borders a bilinear function has a kink and no derivative.
+    size = torch.tensor((3.0, 4.0, 5.0), dtype=torch.float64)
+    inside = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.8 + 0.1
+    cell = torch.floor(torch.rand(6, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * (size - 1))
+    xyz = (cell + inside) / (size - 1) * 2 - 1
+
+    def run(xyz, *leaves):
+        case.xyz, case.basis = xyz, leaves[-1]
+        case.planes, case.lines = list(leaves[:-4]), list(leaves[-4:-1])
+        return case.outputs(gather_lookups)
+
+    leaves = tuple(case.leaves)
+    assert torch.autograd.gradcheck(run, (xyz.clone().requires_grad_(), *leaves))
+    assert torch.autograd.gradcheck(run, (xyz, *leaves))
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_the_same_input_gives_bit_equal_values_and_gradients_on_the_cpu(model):
+    # Few grid points and many samples: each row of a gradient sums hundreds of terms, in an order that must not vary.
+    first, second = (Case(model, 10, 20_000, (5, 4, 6), (8, 16, 3)) for _ in range(2))
+    for a, b in zip(first.outputs(gather_lookups), second.outputs(gather_lookups), strict=True):
+        assert torch.equal(a, b)
+    expected = first.gradients(gather_lookups)
+    for case in (first, second):
+        for a, b in zip(expected, case.gradients(gather_lookups), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_values_fade_over_one_cell_beyond_the_border_and_are_zero_from_there(model):
+    case = Case(model, 12, 1, (5, 5, 5), (3, 3, 3), torch.float64)
+    cell = 2 / 4
+    case.xyz = torch.tensor([[0.1, 0.2, 1.0 + part * cell] for part in (0.0, 0.25, 1.0, 1.5)], dtype=torch.float64)
+    # In each mode (VM) and component (CP) one factor alone depends on z, so all values fade linearly.
+    for values in case.outputs(gather_lookups):
+        assert values[0].abs().max() > 0
+        torch.testing.assert_close(values[1], 0.75 * values[0])
+        assert not values[2:].any()
+
+
+def test_both_backends_offer_the_same_functions_and_the_choice_is_named():
+    names = {"vm_density", "vm_appearance", "cp_density", "cp_appearance"}
+    assert all(hasattr(backend, name) for backend in (gather_lookups, torch_lookups) for name in names)
+    name, lookups = select(torch.device("cpu"))
+    assert name
+    assert all(hasattr(lookups, function) for function in names)
