@@ -501,3 +501,6 @@ def _file_faults(values: dict[str, Any]):
     for name in ("ckpt", "export_tensorf"):
         if several and values[name] is not None:
             yield name, f"is one file, {several} makes several runs; give one of the two"
+    asked = ("render_test", "render_train", "render_path", "export_mesh", "export_tensorf")
+    if values["render_only"] and not any(values[name] for name in asked):
+        yield "render_only", f"there is nothing to do; give one of {', '.join('--' + name for name in asked)}"

@@ -123,7 +123,8 @@ def run_one(options: Namespace, scene: str, seed: int) -> None:
     from utils.tables import write_tables
 
     train.run(Namespace(**vars(options) | {"nerf_scene": scene, "seed": seed}))
-    write_tables(Path(options.save_dir) / options.up_folder_name / options.nerf_dataset)
+    if not options.render_only:
+        write_tables(Path(options.save_dir) / options.up_folder_name / options.nerf_dataset)
 
 
 def report(error: Exception, prefix: str, debug: bool) -> None:

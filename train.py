@@ -45,9 +45,10 @@ LATER_STEP_SHARE = 0.6
 REFERENCE_VIEWS = 5
 
 
-def run(options: Namespace) -> dict:
+def run(options: Namespace, stop_after: float = math.inf) -> dict:
     """Train, or only render, one scene with one strategy and seed; returns the contents of results.json.
 
+    stop_after: seconds of training after which the run ends as if n_iters had been reached (for benchmarks).
     Raises UserError (one line for the user) if anything in the input is wrong.
     """
     started = time.perf_counter()
@@ -80,24 +81,27 @@ def run(options: Namespace) -> dict:
         trainer.restore(latest_checkpoint(folder))
     trainer.open_log()
     with torch.autograd.set_detect_anomaly(options.debug):
-        trainer.train(started)
+        trainer.train(started, stop_after)
     return trainer.finish()
 
 
 def choose_device(name: str) -> torch.device:
     """The device of `--device`; auto takes CUDA when there is one. Raises OptionError if it is not there."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        say("no CUDA device found: using the CPU")
-        return torch.device("cpu")
+        if not torch.cuda.is_available():
+            say("no CUDA device found: using the CPU")
+            return torch.device("cpu")
+        name = f"cuda:{torch.cuda.current_device()}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto"
         )
-    # Tensors name their device with its index; so do we, to compare.
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda":
+        # Tensors name their device with its index; so do we, to compare. Timing events go to the current device.
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
 def load_split(options: Namespace, split: str) -> Scene:
@@ -220,7 +224,8 @@ class Trainer:
             "jitter": make_generator(options.seed, "jitter", device),
             "background": make_generator(options.seed, "background"),
         }
-        self.iteration, self.train_seconds, self.setup_seconds = 0, 0.0, 0.0
+        self.iteration, self.last_iteration = 0, options.n_iters
+        self.train_seconds = self.setup_seconds = self.sampler_seconds = 0.0
         self.samples_seen = {"live": 0, "colour": 0, "rays": 0}
         self.mask_grid: tuple[int, int, int] | None = None
         self.kept: Tensor | None = None
@@ -270,6 +275,7 @@ class Trainer:
         """All that the rest of the run depends on; tensors and plain values."""
         return {
             "format": CHECKPOINT_FORMAT,
+            "device": self.device.type,
             "iteration": self.iteration,
             "field": field_state(self.field),
             "optimizer": self.optimizer.state_dict(),
@@ -288,6 +294,12 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue where `state_dict` was taken. Raises CheckpointError if the file is damaged or another run's."""
         self.field, state = load_field(path, self.device, self.config)
+        trained_on = state.get("device", self.device.type)
+        if trained_on != self.device.type:
+            raise CheckpointError(
+                f"{path} was trained on {trained_on}, whose random streams {self.device.type} cannot continue: go on "
+                f"with --device {trained_on}, or start from its field with --ckpt {path} --tag NEW"
+            )
         try:
             self.optimizer = make_adam(self.field.param_groups(self.options.lr_init, self.options.lr_basis))
             self.optimizer.load_state_dict(state["optimizer"])
@@ -300,6 +312,7 @@ class Trainer:
             for name, generator in self.generators.items():
                 generator.set_state(state["generators"][name])
             self.timer.load_state_dict(state["timer"])
+            self.sampler_seconds = self.timer.seconds["sampler"]
             self.memory.load_state_dict(state["memory"])
             self.train_seconds, self.setup_seconds = state["seconds"]
             self.samples_seen = dict(state["samples_seen"])
@@ -314,7 +327,8 @@ class Trainer:
 
     def open_log(self) -> None:
         """Start the log, or continue it behind the restored iteration."""
-        self.log = RunLog(self.folder, resume_step=self.iteration + 1 if self.iteration else None)
+        # Step 1 and later, if there is no checkpoint yet: what a killed start logged is dropped.
+        self.log = RunLog(self.folder, resume_step=self.iteration + 1)
 
     def save(self) -> None:
         """Write a checkpoint; the last two are kept. Raises UserError if the field has become NaN or infinite."""
@@ -328,8 +342,11 @@ class Trainer:
 
     # --- training ---
 
-    def train(self, started: float) -> None:
-        """Steps until n_iters, evaluations and checkpoints on the way; started: perf_counter when the run began."""
+    def train(self, started: float, stop_after: float = math.inf) -> None:
+        """Steps until n_iters, evaluations and checkpoints on the way.
+
+        started: perf_counter when the run began. stop_after: seconds of training that are enough.
+        """
         o = self.options
         if o.n_iters - self.iteration >= SHORTEST_ESTIMATED_RUN:
             say(self.estimate())
@@ -340,7 +357,7 @@ class Trainer:
         # In a log file a bar is a line each time; a person wants it smooth.
         pause = 0.2 if sys.stderr.isatty() else 30.0
         with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05, mininterval=pause) as bar:
-            while self.iteration < o.n_iters:
+            while self.iteration < self.last_iteration:
                 losses.append(self.step())
                 self.grow()
                 self.iteration += 1
@@ -350,11 +367,13 @@ class Trainer:
                 mse = self.read_losses(losses)
                 seconds = time.perf_counter() - clock
                 self.train_seconds += seconds
+                if self.train_seconds > stop_after:
+                    self.last_iteration = self.iteration
                 step_ms = 1000.0 * seconds / len(losses)
-                self.log_steps(mse, step_ms)
+                self.log_steps(mse, step_ms, len(losses))
                 bar.set_postfix(psnr=f"{mse_to_psnr(mse):.2f}", ms=f"{step_ms:.0f}", refresh=False)
                 losses.clear()
-                if self.due(o.vis_every) and self.iteration < o.n_iters:
+                if self.due(o.vis_every) and self.iteration < self.last_iteration:
                     self.visualise()
                 if self.due(o.save_every):
                     self.save()
@@ -362,7 +381,7 @@ class Trainer:
 
     def due(self, *periods: int) -> bool:
         """Whether something with one of these periods happens now; everything does after the last step."""
-        return self.iteration == self.options.n_iters or any(self.iteration % period == 0 for period in periods)
+        return self.iteration == self.last_iteration or any(self.iteration % period == 0 for period in periods)
 
     def background(self) -> float:
         """The step's background: the scene's, or black and white by turns (LLFF)."""
@@ -414,6 +433,7 @@ class Trainer:
         if iteration not in o.update_AlphaMask_list and iteration not in o.upsamp_list:
             return
         self.memory.close_segment(self.static_mb())
+        self.memory.begin_segment()  # growing counts in the peak, but not in what a step needs
         with self.timer.phase("grow"):
             if iteration in o.update_AlphaMask_list:
                 self.update_mask(first=iteration == o.update_AlphaMask_list[0])
@@ -425,6 +445,7 @@ class Trainer:
                 upsample(self.field, resolution_for(voxels, self.field.aabb))
                 scale = 1.0 if o.lr_upsample_reset else o.lr_decay_target_ratio ** (iteration / o.n_iters)
                 self.optimizer = make_adam(self.field.param_groups(o.lr_init * scale, o.lr_basis * scale))
+        self.memory.peak_mb()
         self.memory.begin_segment()
 
     def update_mask(self, first: bool) -> None:
@@ -483,16 +504,20 @@ class Trainer:
         if not self.samples_seen["live"]:
             raise SceneError(
                 f"{self.scene.name}: no ray of the first {self.iteration} iterations met the box between near "
-                f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses"
+                f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then start "
+                "again with --overwrite"
             )
         return mse
 
-    def log_steps(self, mse: float, step_ms: float) -> None:
-        """Scalars of the steps since the last call, to metrics.jsonl and TensorBoard."""
+    def log_steps(self, mse: float, step_ms: float, n_steps: int) -> None:
+        """Scalars of the n_steps steps since the last call, to metrics.jsonl and TensorBoard."""
+        self.timer.collect()
+        before, self.sampler_seconds = self.sampler_seconds, self.timer.seconds["sampler"]
+        sampler_ms = 1000.0 * (self.sampler_seconds - before) / n_steps
         values = {"train/PSNR": mse_to_psnr(mse), "train/mse": mse}
         values |= {f"train/{name}": term.item() for name, term in self.terms.items()}
         values |= {"memory/allocated_mb": self.memory.allocated_mb(), "memory/peak_mb": self.memory.peak_mb()}
-        values |= {"time/step_ms": step_ms, "time/sampler_ms": self.timer.ms_per_step(self.iteration)["sampler"]}
+        values |= {"time/step_ms": step_ms, "time/sampler_ms": sampler_ms}
         self.log.scalars(self.iteration, values)
 
     def static_mb(self) -> float:
@@ -556,7 +581,7 @@ class Trainer:
         write_json_atomic(self.folder / "results.json", results)
         say(
             f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB, training took "
-            f"{eta_text(self.train_seconds)}, peak memory {results['peak_memory_mb']:.0f} MB"
+            f"{eta_text(self.train_seconds)}, peak memory {results['peak_memory_mb']:.0f} MB; see overview.png there"
         )
         # Last, because the run is safe by now if an export fails.
         export(self.options, self.field, test, self.folder)
@@ -571,7 +596,7 @@ class Trainer:
             "strategy": o.strategy,
             "seed": o.seed,
             "model_name": o.model_name,
-            "n_iters": o.n_iters,
+            "n_iters": self.iteration,
             "batch_size": o.batch_size,
             "rays_per_step": seen["rays"] / steps,
             "live_samples_per_step": seen["live"] / steps,

@@ -1,7 +1,7 @@
 """Two fields and a batch of rays for timing a step: seeded and analytic, so that everybody times the same work.
 
 `before_mask`: a fresh 128^3 field of the syn settings. `after_mask`: blobs and their alpha mask with 11 to 13 colours
-and 45 to 50 density lookups a ray, as a trained lego field at 200x200 has (spec: 51 and 195 thousand for 4096 rays).
+and 45 to 50 density lookups a ray, as a lego field trained at 200x200 has.
 """
 
 import torch

@@ -47,6 +47,7 @@ def main() -> None:
     }
     kind = "cpu" if "CPU" in report["device"] else "cuda"
     path = ROOT / "benchmarks" / "results" / f"lego200_{report['strategy']}_{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     seconds = statistics.mean(run["train_seconds"] for run in runs)
     print(f"lego200 {report['strategy']}: {report['psnr_mean']:.2f} dB over {len(runs)} seeds, {seconds:.0f} s each")

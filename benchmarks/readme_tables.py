@@ -13,6 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def mean(runs: list[dict], key: str, digits: int) -> str:
+    """The mean of a figure over runs, n/a if one of them lacks it."""
+    values = [run[key] for run in runs]
+    return "n/a" if None in values else f"{sum(values) / len(values):.{digits}f}"
+
+
 def lego200() -> str:
     """lego200: PSNR a seed, time and memory, beside the reference."""
     lines = [
@@ -23,15 +29,15 @@ def lego200() -> str:
     for path in sorted(RESULTS.glob("lego200_*.json")):
         r = json.loads(path.read_text())
         runs = r["runs"]
-        mean = {k: sum(run[k] for run in runs) / len(runs) for k in ("ssim", "lpips_alex", "train_seconds")}
         seeds = ", ".join(f"{run['psnr']:.2f}" for run in runs)
-        psnr = f"{r['psnr_mean']:.2f} +- {r['psnr_std']:.2f} ({seeds})"
+        spread = "" if r["psnr_std"] is None else f" +- {r['psnr_std']:.2f}"
+        psnr = f"{r['psnr_mean']:.2f}{spread} ({seeds})"
         reference = ", ".join(f"{p:.2f}" for p in r["psnr_reference"])
         memory = max(run["step_memory_mb"] for run in runs)
         where = f"{r['device']}, {r['torch']}, {r['commit']}"
         lines.append(
-            f"| {r['strategy']} | {psnr} | {reference} | {mean['ssim']:.4f} | {mean['lpips_alex']:.4f} "
-            f"| {mean['train_seconds']:.0f} | {memory:.0f} | {where} |"
+            f"| {r['strategy']} | {psnr} | {reference} | {mean(runs, 'ssim', 4)} | {mean(runs, 'lpips_alex', 4)} "
+            f"| {mean(runs, 'train_seconds', 0)} | {memory:.0f} | {where} |"
         )
     return "\n".join(lines)
 

@@ -161,6 +161,7 @@ def main() -> None:
             "results": results,
         }
         path = ROOT / "benchmarks" / "results" / f"step_{device.type}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"twin/packed step memory before-mask {memory['before']:.2f} after-mask {memory['after']:.2f}")
     print(f"twin/fast before-mask {ratios['before']:.2f} after-mask {ratios['after']:.2f}")

@@ -37,11 +37,11 @@ class _SegmentedWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, alpha: Tensor, ray: Tensor, n_rays: int) -> Tensor:
-        counts = torch.bincount(ray, minlength=n_rays)
-        end = counts.cumsum(0)
+        every_ray = torch.arange(n_rays, device=ray.device)
+        first, end = torch.searchsorted(ray, every_ray), torch.searchsorted(ray, every_ray, right=True)
         log_rest = torch.log(1.0 - alpha + _LIGHT_LEFT).double()
         before = log_rest.cumsum(0) - log_rest
-        transmittance = torch.exp(before - before[(end - counts)[ray]]).to(alpha.dtype)
+        transmittance = torch.exp(before - before[first[ray]]).to(alpha.dtype)
         weights = alpha * transmittance
         ctx.save_for_backward(alpha, transmittance, ray, end)
         return weights

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from components.types import Rays
 
-# Candidates tested at once: bounds the memory of those that are thrown away again.
-_CANDIDATES = 1 << 17
+# Candidates tested at once, which bounds the memory of those that are thrown away again; on CUDA each part waits once.
+_CANDIDATES, _OTHER_CANDIDATES = {"cpu": 1 << 17}, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def march_box(
 
     with torch.no_grad():
         all_rays, all_k = expand_counts(candidate_counts(t_enter, t_exit, step, n_samples))
-        kept = []
-        for ray, k in zip(all_rays.split(_CANDIDATES), all_k.split(_CANDIDATES), strict=True):
+        kept, size = [], _CANDIDATES.get(all_k.device.type, _OTHER_CANDIDATES)
+        for ray, k in zip(all_rays.split(size), all_k.split(size), strict=True):
             k = k.to(t_enter.dtype)
             t, xyz = place(ray, k)
             live = inside_box(xyz, aabb)

@@ -47,7 +47,9 @@ def ensure_named_scene(data_folder: str | Path, scene: str, progress: bool = Tru
         folder = Path(data_folder) / FOLDER / scene
         if scene and folder.is_dir():
             return folder
-        raise OptionError(f"--nerf_scene {scene}: the demo has 'shapes' and 'shapes_R', R pixels a side (shapes_400)")
+        raise OptionError(
+            f"--nerf_scene {scene}: the demo has one scene; for images of R x R pixels give --demo --demo_resolution R"
+        )
     return ensure_demo_scene(data_folder, int(match[1]), progress)
 
 
@@ -58,7 +60,7 @@ def ensure_demo_scene(data_folder: str | Path, resolution: int = DEFAULT_RESOLUT
     """
     if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
         raise OptionError(
-            f"--nerf_scene shapes_{resolution}: resolution must lie between {MIN_RESOLUTION} and {MAX_RESOLUTION}"
+            f"--demo_resolution {resolution}: resolution must lie between {MIN_RESOLUTION} and {MAX_RESOLUTION}"
         )
     folder = Path(data_folder) / FOLDER / scene_name(resolution)
     if folder.is_dir():

@@ -21,6 +21,7 @@ class AlphaMask(nn.Module):
         self.register_buffer("aabb", aabb.detach().clone())
         self.register_buffer("cells", _corner_bits(volume))
         self.register_buffer("allowed", _allowed_corners().to(volume.device))
+        self.register_buffer("size", torch.tensor(self.grid_size, device=volume.device))
 
     @property
     def volume(self) -> Tensor:
@@ -36,7 +37,7 @@ class AlphaMask(nn.Module):
     @torch.no_grad()
     def occupied(self, xyz: Tensor) -> Tensor:
         """[N] bool for world points xyz [N, 3]."""
-        n = torch.tensor(self.grid_size, device=xyz.device)
+        n = self.size
         normalised = (xyz - self.aabb[0]) * (1.0 / (self.aabb[1] - self.aabb[0]) * 2) - 1
         # The same expression as torch's grid_sample with aligned corners, so that cell borders agree.
         position = ((normalised + 1) / 2) * (n - 1)

@@ -28,7 +28,6 @@ _MUST_AGREE = {
     "fea_pe": "fea_pe",
     "hidden": "featureC",
     "density_activation": "fea2denseAct",
-    "ndc": "ndc_ray",
 }
 
 
@@ -60,6 +59,8 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
         for name, option in _MUST_AGREE.items()
         if theirs[name] != ours[name]
     ]
+    if ours["ndc"] != theirs["ndc"]:
+        raise CheckpointError(f"{path} was trained on another kind of scene (NDC or not): check --nerf_dataset")
     if differing:
         raise CheckpointError(
             f"{path} holds another field than the options ask for: give {', '.join(differing)}, or another checkpoint "

@@ -61,7 +61,7 @@ def update_alpha_mask(field: Field, grid: tuple[int, int, int]) -> Tensor:
             f"the alpha mask is empty: no grid point reaches alpha {field.config.alpha_threshold:g} "
             f"(largest {alpha.max().item():.2e}); check that the scene lies in the box (--scene_bbox) and between "
             "near and far, raise --density_shift, lower --alpha_mask_thre, or update the mask later "
-            "(--update_AlphaMask_list)"
+            "(--update_AlphaMask_list); then start again with --overwrite"
         )
     field.alpha_mask = AlphaMask(volume, field.aabb)
     return torch.stack([passing.amin(0), passing.amax(0)])

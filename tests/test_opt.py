@@ -340,3 +340,8 @@ def test_the_data_sets_file_is_always_the_repositorys(tmp_path, monkeypatch):
     Path(tmp_path / "configs" / "syn.txt").write_text("n_iters = 3\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert parse_options(LEGO).n_iters == 30000
+
+
+def test_rendering_only_but_nothing_is_refused():
+    with pytest.raises(OptionError, match=r"render_only = 1: there is nothing to do; give one of --render_test"):
+        parse_options(["--nerf_scene", "lego", "--render_only", "1", "--render_test", "0"])

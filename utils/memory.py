@@ -88,6 +88,7 @@ class _CudaPeak:
     """Bytes of torch's CUDA allocator."""
 
     def __init__(self, device: torch.device):
+        torch.cuda.init()  # the allocator counts only from then on
         self._device = device
 
     def set_baseline(self) -> None:

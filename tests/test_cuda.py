@@ -1,0 +1,76 @@
+"""CUDA equals the CPU: renderings, gradients, trainings, resumed runs. `make gpu-check` runs what is marked cuda."""
+
+import pytest
+import torch
+
+import train
+from components.types import Rays
+from tests.helpers import random_field, random_rays
+from tests.reference import dense_render
+from tests.test_training import data_folder, options, run_folder  # noqa: F401 - data_folder is a fixture
+from utils.checkpoints import latest_checkpoint, load_checkpoint
+from utils.errors import CheckpointError
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def on(device, model, ndc, masked=True, seed=0, n=500):
+    field = random_field(seed, model, ndc, masked).to(device)
+    field.select_lookups()
+    rays = random_rays(seed, n, ndc)
+    return field, Rays(rays.origins.to(device), rays.directions.to(device))
+
+
+def rendering_and_gradients(render, field, rays):
+    field.zero_grad()
+    out = render(rays, 1.0, None, 61)
+    out.rgb.square().sum().backward()
+    return [out.rgb.detach().cpu(), out.depth.cpu(), *(p.grad.cpu() for p in field.parameters())]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ndc", [False, True])
+@pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
+def test_cuda_equals_the_cpu_and_the_dense_twin_on_cuda(model, ndc, masked):
+    for seed in range(3):
+        results = []
+        for device in ("cpu", "cuda"):
+            field, rays = on(device, model, ndc, masked, seed)
+            results.append(rendering_and_gradients(field.render, field, rays))
+        results.append(rendering_and_gradients(lambda *a, f=field: dense_render(f, *a), field, rays))
+        for cpu, cuda, twin in zip(*results, strict=True):
+            for other in (cpu, twin):
+                # A sample on the edge of the box, the mask or the weight threshold may fall either way.
+                close = torch.isclose(cuda, other, rtol=1e-3, atol=1e-4 * max(other.abs().max().item(), 1e-6))
+                assert close.float().mean() > 0.99
+
+
+def test_a_cuda_training_learns_as_the_cpu_does(data_folder, tmp_path):  # noqa: F811
+    psnr = {
+        device: train.run(options(data_folder, tmp_path / device, "syn", "TensorVMSplit", "--device", device))["psnr"]
+        for device in ("cpu", "cuda")
+    }
+    assert psnr["cuda"] == pytest.approx(psnr["cpu"], abs=1.5)
+
+
+@pytest.mark.parametrize("name", ["syn", "llff"])
+def test_a_cuda_run_resumes_and_is_refused_on_the_cpu(data_folder, tmp_path, name, monkeypatch):  # noqa: F811
+    o = options(data_folder, tmp_path, name, "TensorVMSplit", "--device", "cuda", "--filter_rays", "1")
+    step = train.Trainer.step
+
+    def interrupted(self):
+        if self.iteration == 23:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(o)
+    monkeypatch.setattr(train.Trainer, "step", step)
+    on_cpu = options(data_folder, tmp_path, name, "TensorVMSplit", "--device", "cpu", "--filter_rays", "1")
+    with pytest.raises(CheckpointError, match="--device cuda"):
+        train.run(on_cpu)
+    results = train.run(o)
+    assert results["psnr"] > 10
+    assert results["peak_memory_mb"] > results["static_memory_mb"] > 0
+    assert load_checkpoint(latest_checkpoint(run_folder(o)))["iteration"] == 30
