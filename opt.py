@@ -165,7 +165,7 @@ OPTIONS = {
         Option("demo_resolution", whole(8), 200, "side of the demo scene's images, pixels"),
     ),
     "choice of rays": (
-        Option("strategy", one_of("full", "soft", "expansive", "egra"), "full", "how training pixels are chosen"),
+        Option("strategy", NAME, "full", "sampler of training pixels: full (soft, expansive, egra follow) or your own"),
         Option("batch_size", whole(1), 4096, "rays a step"),
     ),
     "field": (

@@ -71,8 +71,8 @@ TABLES = {"lego200": lego200, "step": step}
 def with_tables(text: str) -> str:
     """The README's text with its tables made anew."""
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda m, make=make: m[1] + make() + m[2], text)
+        block = re.compile(rf"(<!-- table: {name} -->).*?(<!-- end -->)", re.DOTALL)
+        text = block.sub(lambda m, make=make: f"{m[1]}\n{make()}\n{m[2]}", text)
     return text
 
 
