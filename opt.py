@@ -68,6 +68,18 @@ def number(minimum: float = -math.inf, above: float = -math.inf) -> Kind:
     return Kind("X", parse)
 
 
+def share(above: float = -math.inf) -> Kind:
+    """A number from 0 to 1, greater than `above`."""
+
+    def parse(text: str) -> float:
+        value = number(0, above).parse(text)
+        if value > 1:
+            raise _refuse(f"{text} is out of range; give 1 or less")
+        return value
+
+    return Kind("X", parse)
+
+
 def list_of(item: Kind, example: str) -> Kind:
     """A list in square brackets; `example` shows in messages how it is written."""
 
@@ -165,8 +177,23 @@ OPTIONS = {
         Option("demo_resolution", whole(8), 200, "side of the demo scene's images, pixels"),
     ),
     "choice of rays": (
-        Option("strategy", NAME, "full", "sampler of training pixels: full (soft, expansive, egra follow) or your own"),
+        Option("strategy", NAME, "full", "sampler of training pixels: full, egra, soft, expansive, or your own"),
         Option("batch_size", whole(1), 4096, "rays a step"),
+        Option("egra_refresh", whole(0), 0, "egra: steps after which edges are shifted anew; 0: never"),
+        Option("soft_mining_alpha", share(), 0.6, "soft: exponent of the importance correction after the warm-up"),
+        Option("soft_mining_warmup", whole(0), 1000, "soft: the exponent is step / this until it reaches its end"),
+        Option("soft_mining_a", number(0), 20.0, "soft: size of a walker's drift"),
+        Option("soft_mining_b", number(0), 0.02, "soft: size of its noise, in pictures"),
+        Option("soft_mining_grad", one_of("true", "viewdir"), "true", "soft: whole gradient, or the reference's part"),
+        Option("wo_correction_loss", FLAG, False, "soft: leave the importance correction out"),
+        Option("es_ratio", share(above=0), 1.0, "expansive: rays a step, as a part of batch_size"),
+        Option("es_beta_a", share(), 0.5, "expansive: part of these that are anchors (edge pixels)"),
+        Option("lamda_a", number(0), 1.0, "expansive: weight of the anchors' error"),
+        Option("lamda_s", number(0), 1.0, "expansive: weight of the sources' error"),
+        Option("a_s_add", FLAG, False, "expansive: do not expand the sources' error, c(t) = 1"),
+        Option("use_mse", FLAG, False, "expansive: plain mean squared error over anchors and sources"),
+        Option("es_normalize", FLAG, False, "expansive: divide the loss by 1 + c(t), as the regularisers expect"),
+        Option("es_search", one_of("reference", "bisect"), "reference", "expansive: how edge thresholds are found"),
     ),
     "field": (
         Option("nerf_backbone", one_of("tensorf"), "tensorf", "kind of field"),
@@ -484,6 +511,8 @@ def _field_faults(values: dict[str, Any]):
     for name in ("upsamp_list", "update_AlphaMask_list"):
         if values[name] != sorted(set(values[name])):
             yield name, "iterations must increase; sort them and drop what is twice"
+    if values["lamda_a"] == values["lamda_s"] == 0 and not values["use_mse"]:
+        yield "lamda_s", "together with lamda_a = 0 leaves no loss; give one of them a weight"
     if values["lr_decay_iters"] == 0:
         yield "lr_decay_iters", "give -1 (all of n_iters) or a positive number of steps"
 

@@ -3,6 +3,8 @@
 Letters: B rays, (x, y) pixel position, (fx, fy, cx, cy) intrinsics in pixels, o origin, d direction, n near plane.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,8 @@ def rays_of(xy: Tensor, c2w: Tensor, intrinsics: Tensor, width: int, height: int
 def cast_rays(scene: Scene, pixels: PixelBatch) -> Rays:
     """Rays [B] of a sampler's pixels; a gradient flows back to `pixels.xy` if it requires one."""
     c2w = scene.c2w[pixels.image_id]
-    return rays_of(pixels.xy, c2w, scene.intrinsics[pixels.image_id], scene.width, scene.height, scene.ndc)
+    rays = rays_of(pixels.xy, c2w, scene.intrinsics[pixels.image_id], scene.width, scene.height, scene.ndc)
+    return replace(rays, detach_samples=pixels.detach_samples)
 
 
 def image_rays(scene: Scene, c2w: Tensor, intrinsics: Tensor) -> Rays:

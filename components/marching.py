@@ -102,7 +102,7 @@ def march_box(
             index = live.nonzero()[:, 0]
             kept.append((ray[index], k[index], t[index], xyz[index]))
         ray, k, t, xyz = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    if rays.origins.requires_grad or rays.directions.requires_grad:
+    if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
         t, xyz = place(ray, k)
     following = k + 1 if jitter is None else k + 1 + jitter[ray, 0]
     delta = t_enter.detach()[ray] + step * following - t.detach()
@@ -142,6 +142,7 @@ def march_ndc(
             ray, k = ray[kept], k[kept]
     t = t_row.expand(n_rays, n_samples)[ray, k]
     xyz = rays.origins[ray] + rays.directions[ray] * t[:, None]
+    xyz = xyz.detach() if rays.detach_samples else xyz
     length = torch.linalg.vector_norm(rays.directions, dim=-1)
     delta = delta_row.expand(n_rays, n_samples)[ray, k] * length[ray]
     return Samples(ray, t, delta, xyz)

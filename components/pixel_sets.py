@@ -3,6 +3,7 @@
 Letters: B pixels, P = M*H*W pixels of a scene in image-major, row-major order (the flat index).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,3 +48,22 @@ class PixelSet:
         running = members.cumsum(1)
         inside = (running == (rank - before + 1)[:, None]) & members
         return block * _BLOCK + inside.byte().argmax(1)
+
+    def image_starts(self, n_images: int) -> Tensor:
+        """[n_images + 1] int64: the rank of each image's first kept pixel, and `count` at the end."""
+        per_image = self.n_pixels // n_images
+        if self.kept is None:
+            return torch.arange(n_images + 1) * per_image
+        counts = self.kept.view(n_images, per_image).sum(1).cpu()
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+    def ranks_in_image(self, image: int, index: np.ndarray, starts: Tensor) -> np.ndarray:
+        """Ranks [N'] of those of an image's pixels that are kept; index [N]: flat within the image, ascending.
+
+        starts: as from `image_starts`.
+        """
+        if self.kept is None:
+            return index + int(starts[image])
+        per_image = self.n_pixels // (len(starts) - 1)
+        kept = self.kept[image * per_image : (image + 1) * per_image].cpu().numpy()
+        return (kept.cumsum() - 1)[index[kept[index]]] + int(starts[image])

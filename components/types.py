@@ -15,11 +15,13 @@ class PixelBatch:
     """Pixels that a sampler chose.
 
     image_id: [B] int64; xy: [B, 2] float32, pixels, (column + 0.5, row + 0.5) at a pixel's centre.
-    `xy` requires a gradient only if the sampler wants d loss / d xy in `update`.
+    `xy` requires a gradient only if the sampler wants d loss / d xy in `update`. It is the true one, unless
+    detach_samples says that the gradient passes by the positions of the rays' samples (see Rays).
     """
 
     image_id: Tensor
     xy: Tensor
+    detach_samples: bool = False
 
     def __len__(self) -> int:
         return self.image_id.shape[0]
@@ -30,16 +32,19 @@ class Rays:
     """origins [B, 3] and directions [B, 3], world units (NDC for forward-facing scenes).
 
     Directions have unit length, except in NDC, where their length is the ray's extent (t runs from 0 to 1).
+    detach_samples: no gradient flows from the field back to where a ray's samples lie, only to what else depends on
+    its direction: the view direction, in NDC also the samples' distances (the reference's soft mining).
     """
 
     origins: Tensor
     directions: Tensor
+    detach_samples: bool = False
 
     def __len__(self) -> int:
         return self.origins.shape[0]
 
     def __getitem__(self, index) -> "Rays":
-        return Rays(self.origins[index], self.directions[index])
+        return Rays(self.origins[index], self.directions[index], self.detach_samples)
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,14 @@ class Scene:
         xy = pixels.xy.detach()
         column = xy[:, 0].long().clamp_(0, self.width - 1)
         row = xy[:, 1].long().clamp_(0, self.height - 1)
-        return self._blend(self.images[pixels.image_id, row, column])
+        return self.blend(self.images[pixels.image_id, row, column])
 
     def image_rgb(self, index: int) -> Tensor:
         """Ground-truth rgb [H, W, 3] float32 of a whole image, blended as in `colors`."""
-        return self._blend(self.images[index])
+        return self.blend(self.images[index])
 
-    def _blend(self, values: Tensor) -> Tensor:
+    def blend(self, values: Tensor) -> Tensor:
+        """rgb [..., 3] float32 in [0, 1] of pixels [..., 3 or 4] uint8, blended as in `colors`."""
         values = values.float() / 255.0
         if values.shape[-1] == 3:
             return values

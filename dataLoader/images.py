@@ -1,8 +1,6 @@
 """Image files -> one uint8 tensor: headers first, then decoding in parallel straight into its place."""
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.errors import SceneError
+from utils.parallel import in_threads
 
-MAX_WORKERS = 16
 # What Pillow raises for damaged files, by format and by where the damage lies.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -57,16 +54,8 @@ def decode_images(
     """
     images = torch.empty(len(paths), size[1], size[0], channels, dtype=torch.uint8)
     decode = partial(_decode_into, images.numpy(), paths, size, "RGBA" if channels == 4 else "RGB")
-    with ThreadPoolExecutor(_n_workers()) as pool:
-        done = pool.map(decode, range(len(paths)))
-        for _ in tqdm(done, total=len(paths), desc=label, unit="image", leave=False, disable=not progress):
-            pass
+    in_threads(decode, len(paths), label, "image", progress)
     return images
-
-
-def _n_workers() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, usable)
 
 
 def _read_header(path: Path) -> tuple[tuple[int, int], bool]:

@@ -1,0 +1,106 @@
+"""Soft mining: walkers that climb the error by Langevin steps; importance correction of the loss."""
+
+import torch
+from torch import Tensor
+
+from components import langevin
+from components.edges import edge_density, sobel_magnitude
+from components.pixel_sets import PixelSet
+from components.types import PixelBatch, Scene
+from utils.console import say
+from utils.parallel import in_threads
+
+
+class SoftMiningSampler:
+    """ceil(B / images) walkers an image, at positions (y, x) in [0, 1].
+
+    Dead walkers are reborn on the edges of their image. Of the edges' distribution only the sums of its rows are
+    kept; a row is computed again from the image when a walker is reborn in it. `update` therefore waits once for
+    the number of dead walkers (a tenth of all): rows for all would take ten times the memory and time.
+    """
+
+    def __init__(self, scene: Scene, kept: PixelSet, options, generator: torch.Generator) -> None:
+        self._scene, self._kept, self._options, self._generator = scene, kept.kept, options, generator
+        images = (kept.image_starts(scene.n_images).diff() > 0).nonzero()[:, 0].to(scene.device)
+        self._image = images.repeat_interleave(-(-options.batch_size // len(images)))
+        self._row_sums, self._largest = self._sum_rows()
+        blank = int((self._largest == 0).sum())
+        if blank:
+            say(f"warning: {blank} of {scene.n_images} images have no edges (soft): walkers are reborn anywhere there")
+        self._position = self._uniform(len(self._image))
+        if self._kept is not None:
+            self._give_birth(self._dropped())
+
+    def _sum_rows(self) -> tuple[Tensor, Tensor]:
+        """(cumulated row sums [M, H + 1] of the edge density on kept pixels, largest magnitude [M])."""
+
+        def sums_of(image: int) -> tuple[Tensor, Tensor]:
+            magnitude = sobel_magnitude(self._scene.image_rgb(image)[None])[0]
+            density = edge_density(magnitude, magnitude.max())
+            if self._kept is not None:
+                density = density * self._kept.view(self._scene.n_images, *density.shape)[image]
+            return langevin.cumulate(density.sum(1, dtype=torch.float64)), magnitude.max()
+
+        rows, largest = zip(*in_threads(sums_of, self._scene.n_images, "edges of images", "image"), strict=True)
+        return torch.stack(rows), torch.stack(largest)
+
+    def _uniform(self, n: int) -> Tensor:
+        return torch.rand(n, 2, generator=self._generator, device=self._scene.device)
+
+    def _pixels(self) -> Tensor:
+        return langevin.pixel_under(self._position, self._scene.height, self._scene.width)
+
+    def _dropped(self) -> Tensor:
+        """[N] bool: walkers on pixels that ray filtering dropped."""
+        row, column = self._pixels().unbind(-1)
+        return ~self._kept.view(self._scene.n_images, self._scene.height, self._scene.width)[self._image, row, column]
+
+    def _give_birth(self, dead: Tensor) -> None:
+        """Put the dead walkers [N] bool on pixels drawn from the edge density of their image."""
+        u = self._uniform(len(dead))[dead]  # a number for each walker, so that the stream does not depend on deaths
+        image = self._image[dead]
+        height, width = self._scene.height, self._scene.width
+        row = langevin.draw_index(self._row_sums[image], u[:, :1])
+        neighbours = (row[:, None] + torch.arange(-1, 2, device=row.device)).clamp(0, height - 1)
+        rgb = self._scene.blend(self._scene.images[image[:, None], neighbours])
+        density = edge_density(sobel_magnitude(rgb)[:, 1], self._largest[image][:, None])
+        if self._kept is not None:
+            density = density * self._kept.view(self._scene.n_images, height, width)[image, row]
+        column = langevin.draw_index(langevin.cumulate(density), u[:, 1:])
+        self._position[dead] = langevin.position_of(row, column, height, width)
+
+    def sample(self, step: int) -> PixelBatch:
+        """The pixels under the walkers; xy requires a gradient."""
+        xy = self._pixels().flip(-1).float() + 0.5
+        return PixelBatch(self._image, xy.requires_grad_(), self._options.soft_mining_grad == "viewdir")
+
+    def weigh(self, pixels: PixelBatch, error: Tensor, step: int) -> Tensor:
+        """The importance correction."""
+        o = self._options
+        if o.wo_correction_loss:
+            return error.new_ones(error.shape[0])
+        return langevin.correction(error, step, o.soft_mining_alpha, o.soft_mining_warmup)
+
+    def update(self, pixels: PixelBatch, ray_loss: Tensor, step: int) -> None:
+        """One Langevin step, deaths and births."""
+        o, n = self._options, len(self._image)
+        drift = langevin.drift(pixels.xy.grad.flip(-1), ray_loss)
+        noise = torch.randn(n, 2, generator=self._generator, device=drift.device)
+        position = langevin.langevin_move(self._position, drift, noise, o.soft_mining_a, o.soft_mining_b)
+        dead = langevin.dead_walkers(position, ray_loss)
+        offset = torch.randint(n, (), generator=self._generator, device=drift.device)
+        slots = langevin.fresh_slots(n, offset)
+        position[slots] = self._uniform(len(slots))
+        self._position = position.clamp(0.0, 1.0)
+        if self._kept is not None:
+            dead |= self._dropped()
+        self._give_birth(dead)
+
+    def state_dict(self) -> dict:
+        return {"position": self._position.clone(), "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["position"].shape != self._position.shape:
+            raise ValueError(f"{len(state['position'])} walkers instead of {len(self._position)}")
+        self._position = state["position"].to(self._position.device).clone()
+        self._generator.set_state(state["generator"])
