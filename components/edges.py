@@ -48,20 +48,29 @@ def search_edges(grey: np.ndarray, alpha: float) -> np.ndarray:
     runs to 0, or changes sign, and the map after 100 steps is what counts (section 3.2 of arXiv:2409.08056 and code).
     """
     otsu, k = otsu_threshold(grey), 1.0
-    areas: dict[tuple[float, float], float] = {}
+    areas: dict[float, float] = {}
     for _ in range(SEARCH_STEPS):
-        low, high = 0.5 * otsu, k * otsu
-        # Canny compares whole numbers with the thresholds' floors, so these maps are known already.
-        floors = (np.floor(low), np.floor(high))
-        edges = None
-        if floors not in areas:
-            edges = cv2.Canny(grey, low, high)
-            areas[floors] = np.count_nonzero(edges) / edges.size
-        area = areas[floors]
+        kind, edges = _kind_of_threshold(k * otsu), None
+        if kind not in areas:
+            edges = cv2.Canny(grey, 0.5 * otsu, k * otsu)
+            areas[kind] = np.count_nonzero(edges) / edges.size
+        area = areas[kind]
         if abs(area - alpha) <= SEARCH_TOLERANCE * alpha:
             break
-        k *= 1 + SEARCH_GAIN * (area - alpha)
-    return (cv2.Canny(grey, low, high) if edges is None else edges) > 0
+        last, k = k, k * (1 + SEARCH_GAIN * (area - alpha))
+    else:
+        k = last
+    return (cv2.Canny(grey, 0.5 * otsu, k * otsu) if edges is None else edges) > 0
+
+
+def _kind_of_threshold(value: float) -> float:
+    """Thresholds of one kind give one map: Canny compares whole gradients, 0..2040, with the threshold's floor.
+
+    From 2^31 on the floor overflows, in the reference too, so those are a kind of their own.
+    """
+    if value >= 2**31:
+        return np.inf
+    return np.floor(np.clip(value, -1, LARGEST_GRADIENT + 1))
 
 
 def bisect_edges(grey: np.ndarray, alpha: float) -> np.ndarray:

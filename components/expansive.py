@@ -9,16 +9,21 @@ import numpy as np
 from components.edges import bisect_edges, dilate, search_edges, thin_out
 
 ALPHA = 0.25
-SEARCHES = {"reference": search_edges, "bisect": bisect_edges}
 
 
 def anchor_pixels(grey: np.ndarray, search: str, generator: np.random.Generator) -> np.ndarray:
     """Flat indices [N] int64, ascending, of an image's anchors: dilated edges, thinned out to alpha of the pixels.
 
-    grey: [H, W] uint8. search: a key of SEARCHES.
+    grey: [H, W] uint8. search: `reference` dilates what its search ended on, once, so that images whose fine edges
+    are few have fewer anchors than alpha; `bisect` dilates as often as alpha needs, if there is an edge at all.
     """
-    anchors = np.flatnonzero(dilate(SEARCHES[search](grey, ALPHA)))
-    return thin_out(anchors, int(ALPHA * grey.size), generator)
+    anchors = dilate(search_edges(grey, ALPHA) if search == "reference" else bisect_edges(grey, ALPHA))
+    while search == "bisect" and anchors.mean() < ALPHA:
+        thicker = dilate(anchors)
+        if np.array_equal(thicker, anchors):  # blank, or against the border that OpenCV's rectangle grows towards
+            break
+        anchors = thicker
+    return thin_out(np.flatnonzero(anchors), int(ALPHA * grey.size), generator)
 
 
 def source_factor(step: int, n_iters: int) -> float:

@@ -4,8 +4,8 @@ Letters: K points, T taps of a table (2 for a line, 4 for a plane), C components
 [1, C, H, W] seen as H*W rows of C numbers, which is a view where the factor is stored channels-last.
 
 Equal to torch_lookups up to rounding. Neither grids of coordinates nor [C, K] intermediates are kept for backward:
-the row sums (torch's embedding_bag) are cheap enough to be done twice, a chunk of points at a time. Positions that
-require a gradient take torch_lookups' way.
+the row sums (torch's embedding_bag) are cheap enough to be done twice, a chunk of points at a time. Positions get a
+gradient only if they ask for one (soft mining's do).
 """
 
 import math
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from models.kernels import torch_lookups
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 
 # Values (points x components) at once: few on a CPU, whose cache they should fit; on CUDA launches cost more.
@@ -68,7 +67,7 @@ class _Products(torch.autograd.Function):
         xyz, basis, *tables = ctx.saved_tensors
         table_grads = [torch.zeros_like(table) for table in tables]
         basis_grad = None if basis is None else torch.zeros_like(basis)
-        size = _chunk(tables)
+        size, position_grads = _chunk(tables), []
         for points, upstream in zip(xyz.split(size), grad.split(size), strict=True):
             looked_up = _lookups(points, ctx.groups, tables)
             if basis is None:
@@ -77,14 +76,26 @@ class _Products(torch.autograd.Function):
                 products = torch.cat([math.prod(values) for _, values in looked_up], 1)
                 basis_grad.addmm_(upstream.T, products)
                 parts = (upstream @ basis).split([values[0].shape[1] for _, values in looked_up], dim=1)
-            grads = iter(table_grads)
+            remaining, slopes = iter(zip(tables, table_grads, strict=True)), []
             for part, (taps, values) in zip(parts, looked_up, strict=True):
                 for number, (row, weight) in enumerate(taps):
                     others = math.prod([v for i, v in enumerate(values) if i != number], start=part)
-                    table_grad = next(grads)
+                    table, table_grad = next(remaining)
                     for tap in range(row.shape[1]):
                         table_grad.index_add_(0, row[:, tap], others * weight[:, tap, None])
-        return None, None, basis_grad, *table_grads
+                    if ctx.needs_input_grad[0]:
+                        slopes.append(torch.stack([(others * table[r]).sum(1) for r in row.unbind(1)], 1))
+            if ctx.needs_input_grad[0]:
+                position_grads.append(_through_weights(points, ctx.groups, slopes))
+        return torch.cat(position_grads) if position_grads else None, None, basis_grad, *table_grads
+
+
+def _through_weights(points: Tensor, groups: tuple[tuple[Shape, ...], ...], slopes: list[Tensor]) -> Tensor:
+    """d loss / d points [K, 3] from d loss / d tap weights, a slope [K, T] for each table."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        weights = [_taps(points, shape)[1] for group in groups for shape in group]
+    return torch.autograd.grad(weights, points, slopes)[0]
 
 
 def _chunk(tables: Sequence[Tensor]) -> int:
@@ -124,27 +135,19 @@ def _cp(lines: list[Tensor], basis: Tensor | None, xyz: Tensor) -> Tensor:
 
 def vm_density(planes: list[Tensor], lines: list[Tensor], xyz: Tensor) -> Tensor:
     """Density feature [K]; see torch_lookups.vm_density."""
-    if xyz.requires_grad:
-        return torch_lookups.vm_density(planes, lines, xyz)
     return _vm(planes, lines, None, xyz)
 
 
 def vm_appearance(planes: list[Tensor], lines: list[Tensor], basis: Tensor, xyz: Tensor) -> Tensor:
     """Appearance features [K, F]; see torch_lookups.vm_appearance."""
-    if xyz.requires_grad:
-        return torch_lookups.vm_appearance(planes, lines, basis, xyz)
     return _vm(planes, lines, basis, xyz)
 
 
 def cp_density(lines: list[Tensor], xyz: Tensor) -> Tensor:
     """Density feature [K]; see torch_lookups.cp_density."""
-    if xyz.requires_grad:
-        return torch_lookups.cp_density(lines, xyz)
     return _cp(lines, None, xyz)
 
 
 def cp_appearance(lines: list[Tensor], basis: Tensor, xyz: Tensor) -> Tensor:
     """Appearance features [K, F]; see torch_lookups.cp_appearance."""
-    if xyz.requires_grad:
-        return torch_lookups.cp_appearance(lines, basis, xyz)
     return _cp(lines, basis, xyz)
