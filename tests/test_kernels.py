@@ -1,11 +1,11 @@
-"""gather_lookups against torch_lookups, its definition: values, gradients, borders, chunks, determinism."""
+"""Every backend against torch_lookups, the definition: values, gradients, borders, chunks, threads, determinism."""
 
 import random
 
 import pytest
 import torch
 
-from models.kernels import gather_lookups, select, torch_lookups
+from models.kernels import compiled_lookups, gather_lookups, select, torch_lookups
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 
 DTYPES = [torch.float32, torch.float64]
@@ -76,47 +76,54 @@ def assert_equal_up_to_rounding(ours, definition, dtype):
             assert ((actual - expected).abs().max() / scale) < TOLERANCE[dtype]
 
 
-def check(case, dtype):
+@pytest.fixture(params=["gather", "compiled"])
+def backend(request):
+    if request.param == "compiled" and compiled_lookups.library() is None:
+        pytest.skip("no compiler here")
+    return {"gather": gather_lookups, "compiled": compiled_lookups}[request.param]
+
+
+def check(case, dtype, backend):
     with torch.no_grad():
-        ours, definition = case.outputs(gather_lookups), case.outputs(torch_lookups)
+        ours, definition = case.outputs(backend), case.outputs(torch_lookups)
     assert_equal_up_to_rounding(ours, definition, dtype)
-    assert_equal_up_to_rounding(case.gradients(gather_lookups), case.gradients(torch_lookups), dtype)
+    assert_equal_up_to_rounding(case.gradients(backend), case.gradients(torch_lookups), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", ["VM", "CP"])
 @pytest.mark.parametrize("seed", range(8))
-def test_values_and_gradients_equal_the_definition_for_random_shapes(model, seed, dtype):
+def test_values_and_gradients_equal_the_definition_for_random_shapes(model, seed, dtype, backend):
     rng = random.Random(seed)
     grid = tuple(rng.choice([2, 3, rng.randint(2, 100)]) for _ in range(3))
     counts = tuple(rng.choice([1, 2, rng.randint(1, 96)]) for _ in range(3))
-    check(Case(model, seed, rng.randint(2, 1500), grid, counts, dtype), dtype)
+    check(Case(model, seed, rng.randint(2, 1500), grid, counts, dtype), dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_values_and_gradients_equal_the_definition_on_large_grids(model, dtype):
-    check(Case(model, 11, 800, (400, 211, 37), (96, 3, 16), dtype), dtype)
+def test_values_and_gradients_equal_the_definition_on_large_grids(model, dtype, backend):
+    check(Case(model, 11, 800, (400, 211, 37), (96, 3, 16), dtype), dtype, backend)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
 @pytest.mark.parametrize("n_points", [0, 1])
-def test_none_or_one_point_is_enough(model, n_points):
-    check(Case(model, 3, n_points, (5, 6, 7), (2, 3, 4)), torch.float32)
+def test_none_or_one_point_is_enough(model, n_points, backend):
+    check(Case(model, 3, n_points, (5, 6, 7), (2, 3, 4)), torch.float32, backend)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_no_points_give_zero_gradients(model):
-    for gradient in Case(model, 3, 0, (5, 6, 7), (2, 3, 4)).gradients(gather_lookups):
+def test_no_points_give_zero_gradients(model, backend):
+    for gradient in Case(model, 3, 0, (5, 6, 7), (2, 3, 4)).gradients(backend):
         assert not gradient.any()
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_the_memory_layout_of_the_factors_does_not_matter(model, channels_last):
+def test_the_memory_layout_of_the_factors_does_not_matter(model, channels_last, backend):
     case = Case(model, 5, 700, (9, 14, 6), (5, 8, 3), torch.float64, channels_last)
     assert all(line.is_contiguous(memory_format=torch.channels_last) for line in case.lines) or not channels_last
-    check(case, torch.float64)
+    check(case, torch.float64, backend)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
@@ -150,11 +157,11 @@ def test_many_points_take_several_chunks_of_the_size_that_fits_the_cache(monkeyp
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_points_that_require_a_gradient_get_the_definitions(model):
+def test_points_that_require_a_gradient_get_the_definitions(model, backend):
     case = Case(model, 8, 60, (9, 14, 6), (2, 3, 4), torch.float64)
     case.xyz.requires_grad_()
     leaves, case.leaves = case.leaves, [case.xyz, *case.leaves]
-    ours, definition = case.gradients(gather_lookups), case.gradients(torch_lookups)
+    ours, definition = case.gradients(backend), case.gradients(torch_lookups)
     assert ours[0].abs().max() > 0
     assert len(ours) == len(leaves) + 1
     assert_equal_up_to_rounding(ours, definition, torch.float64)
@@ -180,24 +187,24 @@ def test_gradients_of_points_and_factors_match_finite_differences(model):
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_the_same_input_gives_bit_equal_values_and_gradients_on_the_cpu(model):
+def test_the_same_input_gives_bit_equal_values_and_gradients_on_the_cpu(model, backend):
     # Few grid points and many samples: each row of a gradient sums hundreds of terms, in an order that must not vary.
     first, second = (Case(model, 10, 20_000, (5, 4, 6), (8, 16, 3)) for _ in range(2))
-    for a, b in zip(first.outputs(gather_lookups), second.outputs(gather_lookups), strict=True):
+    for a, b in zip(first.outputs(backend), second.outputs(backend), strict=True):
         assert torch.equal(a, b)
-    expected = first.gradients(gather_lookups)
+    expected = first.gradients(backend)
     for case in (first, second):
-        for a, b in zip(expected, case.gradients(gather_lookups), strict=True):
+        for a, b in zip(expected, case.gradients(backend), strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_values_fade_over_one_cell_beyond_the_border_and_are_zero_from_there(model):
+def test_values_fade_over_one_cell_beyond_the_border_and_are_zero_from_there(model, backend):
     case = Case(model, 12, 1, (5, 5, 5), (3, 3, 3), torch.float64)
     cell = 2 / 4
     case.xyz = torch.tensor([[0.1, 0.2, 1.0 + part * cell] for part in (0.0, 0.25, 1.0, 1.5)], dtype=torch.float64)
     # In each mode (VM) and component (CP) one factor alone depends on z, so all values fade linearly.
-    for values in case.outputs(gather_lookups):
+    for values in case.outputs(backend):
         assert values[0].abs().max() > 0
         torch.testing.assert_close(values[1], 0.75 * values[0])
         assert not values[2:].any()
@@ -209,3 +216,60 @@ def test_both_backends_offer_the_same_functions_and_the_choice_is_named():
     name, lookups = select(torch.device("cpu"))
     assert name
     assert all(hasattr(lookups, function) for function in names)
+
+
+# --- compiled ---
+@pytest.fixture
+def compiled(backend):
+    if backend is not compiled_lookups:
+        pytest.skip("about the compiled backend")
+    return backend
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_compiled_gradients_of_points_equal_the_definition_in_single_precision(compiled, model):
+    case = Case(model, 8, 3000, (9, 14, 6), (2, 17, 40))
+    case.xyz.requires_grad_()
+    case.leaves = [case.xyz, *case.leaves]
+    assert_equal_up_to_rounding(case.gradients(compiled), case.gradients(torch_lookups), torch.float32)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_the_number_of_threads_changes_no_bit_of_what_is_compiled(compiled, model, monkeypatch):
+    case = Case(model, 13, 9000, (9, 14, 6), (16, 48, 3))
+    case.xyz.requires_grad_()
+    case.leaves = [case.xyz, *case.leaves[:-1]]  # the basis is torch's own product
+    one = [case.outputs(compiled)[0], *case.gradients(compiled)]
+    for n_threads in (2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        several = [case.outputs(compiled)[0], *case.gradients(compiled)]
+        assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(compiled, value):
+    case = Case("VM", 14, 50, (9, 14, 6), (5, 8, 3))
+    case.xyz[7, 1] = value
+    density, _ = case.outputs(compiled)
+    others = torch.arange(50) != 7
+    assert density[others].isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in case.gradients(compiled)[:6]) or value != value
+
+
+def test_without_a_compiler_torchs_lookups_serve_and_one_line_says_so(monkeypatch, capsys):
+    compiled_lookups.library.cache_clear()
+    monkeypatch.setattr(compiled_lookups, "COMPILERS", ("no-such-compiler",))
+    assert select(torch.device("cpu")) == ("torch-gather", gather_lookups)
+    assert select(torch.device("cpu")) == ("torch-gather", gather_lookups)
+    assert capsys.readouterr().out.count("no-such-compiler") == 1
+    compiled_lookups.library.cache_clear()
+
+
+def test_a_failing_compiler_is_reported_and_leaves_nothing_behind(monkeypatch, capsys, tmp_path):
+    compiled_lookups.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled_lookups, "FLAGS", ("--no-such-flag",))
+    assert compiled_lookups.library() is None
+    assert "no-such-flag" in capsys.readouterr().out
+    assert not list((tmp_path / "expansive-supervision").iterdir())
+    compiled_lookups.library.cache_clear()

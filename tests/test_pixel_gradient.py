@@ -1,4 +1,4 @@
-"""d loss / d pixel position, soft mining's drift: true in float64, by finite differences, through the whole renderer."""
+"""d loss / d pixel position, soft mining's drift, against finite differences through the whole renderer (float64)."""
 
 from dataclasses import replace
 
