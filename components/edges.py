@@ -115,7 +115,7 @@ def sobel_magnitude(rgb: Tensor, zero_padding: bool = False) -> Tensor:
         gradient = spatial_gradient(pad(grey, (1, 1, 1, 1)), normalized=False)[..., 1:-1, 1:-1]
     else:
         gradient = spatial_gradient(grey, normalized=False)
-    return torch.linalg.vector_norm(gradient[:, 0], dim=1)
+    return torch.hypot(*gradient[:, 0].unbind(1))
 
 
 def edge_density(magnitude: Tensor, largest: Tensor) -> Tensor:

@@ -76,6 +76,13 @@ def draw_index(cdf: Tensor, u: Tensor) -> Tensor:
     return index.clamp(0, cdf.shape[1] - 2)
 
 
+def draw_between(cdf: Tensor, first: Tensor, end: Tensor, u: Tensor) -> Tensor:
+    """[N] int64: the same for one cdf [n + 1] of many distributions, each of which holds entries first..end - 1."""
+    target = cdf[first] + u * (cdf[end] - cdf[first])
+    index = torch.searchsorted(cdf, target, right=True) - 1
+    return torch.minimum(torch.maximum(index, first), end - 1)
+
+
 def cumulate(weight: Tensor) -> Tensor:
     """[..., n + 1] float64: sums of weight [..., n] before each entry, and the total."""
     return torch.nn.functional.pad(weight.double().cumsum(-1), (1, 0))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from components import langevin
 from components.edges import edge_density, sobel_magnitude
@@ -10,20 +11,26 @@ from components.types import PixelBatch, Scene
 from utils.console import say
 from utils.parallel import in_threads
 
+# Pixels of a row whose edge density is summed into one number.
+_BLOCK = 32
+
 
 class SoftMiningSampler:
     """ceil(B / images) walkers an image, at positions (y, x) in [0, 1].
 
-    Dead walkers are reborn on the edges of their image. Of the edges' distribution only the sums of its rows are
-    kept; a row is computed again from the image when a walker is reborn in it. `update` therefore waits once for
-    the number of dead walkers (a tenth of all): rows for all would take ten times the memory and time.
+    Dead walkers are reborn on the edges of their image. Of the edges' density only the sums of blocks of 32 pixels
+    are kept; a block is computed again from the image when a walker is reborn in it. `update` therefore waits once
+    for the number of dead walkers (a tenth of all): blocks for all would take ten times the memory and time.
     """
 
     def __init__(self, scene: Scene, kept: PixelSet, options, generator: torch.Generator) -> None:
-        self._scene, self._kept, self._options, self._generator = scene, kept.kept, options, generator
+        self._scene, self._options, self._generator = scene, options, generator
+        shape = (scene.n_images, scene.height, scene.width)
+        self._kept = None if kept.kept is None else kept.kept.view(shape)
         images = (kept.image_starts(scene.n_images).diff() > 0).nonzero()[:, 0].to(scene.device)
         self._image = images.repeat_interleave(-(-options.batch_size // len(images)))
-        self._row_sums, self._largest = self._sum_rows()
+        self._blocks_in_row = -(-scene.width // _BLOCK)
+        self._sums, self._largest = self._sum_blocks()
         blank = int((self._largest == 0).sum())
         if blank:
             say(f"warning: {blank} of {scene.n_images} images have no edges (soft): walkers are reborn anywhere there")
@@ -31,21 +38,24 @@ class SoftMiningSampler:
         if self._kept is not None:
             self._give_birth(self._dropped())
 
-    def _sum_rows(self) -> tuple[Tensor, Tensor]:
-        """(cumulated row sums [M, H + 1] of the edge density on kept pixels, largest magnitude [M])."""
+    def _sum_blocks(self) -> tuple[Tensor, Tensor]:
+        """(edge density on kept pixels, summed over each block and cumulated over all blocks of all images, float64,
+        0 first; largest magnitude [M])."""
 
         def sums_of(image: int) -> tuple[Tensor, Tensor]:
             magnitude = sobel_magnitude(self._scene.image_rgb(image)[None])[0]
             density = edge_density(magnitude, magnitude.max())
             if self._kept is not None:
-                density = density * self._kept.view(self._scene.n_images, *density.shape)[image]
-            return langevin.cumulate(density.sum(1, dtype=torch.float64)), magnitude.max()
+                density = density * self._kept[image]
+            blocks = pad(density, (0, -density.shape[1] % _BLOCK)).view(-1, _BLOCK)
+            return blocks.sum(1, dtype=torch.float64), magnitude.max()
 
-        rows, largest = zip(*in_threads(sums_of, self._scene.n_images, "edges of images", "image"), strict=True)
-        return torch.stack(rows), torch.stack(largest)
+        sums, largest = zip(*in_threads(sums_of, self._scene.n_images, "edges of images", "image"), strict=True)
+        return langevin.cumulate(torch.cat(sums)), torch.stack(largest)
 
-    def _uniform(self, n: int) -> Tensor:
-        return torch.rand(n, 2, generator=self._generator, device=self._scene.device)
+    def _uniform(self, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[n, 2]."""
+        return torch.rand(n, 2, generator=self._generator, device=self._scene.device, dtype=dtype)
 
     def _pixels(self) -> Tensor:
         return langevin.pixel_under(self._position, self._scene.height, self._scene.width)
@@ -53,20 +63,26 @@ class SoftMiningSampler:
     def _dropped(self) -> Tensor:
         """[N] bool: walkers on pixels that ray filtering dropped."""
         row, column = self._pixels().unbind(-1)
-        return ~self._kept.view(self._scene.n_images, self._scene.height, self._scene.width)[self._image, row, column]
+        return ~self._kept[self._image, row, column]
 
     def _give_birth(self, dead: Tensor) -> None:
         """Put the dead walkers [N] bool on pixels drawn from the edge density of their image."""
-        u = self._uniform(len(dead))[dead]  # a number for each walker, so that the stream does not depend on deaths
+        u = self._uniform(len(dead), torch.float64)[dead]  # one each, so that the stream does not depend on deaths
         image = self._image[dead]
-        height, width = self._scene.height, self._scene.width
-        row = langevin.draw_index(self._row_sums[image], u[:, :1])
-        neighbours = (row[:, None] + torch.arange(-1, 2, device=row.device)).clamp(0, height - 1)
-        rgb = self._scene.blend(self._scene.images[image[:, None], neighbours])
-        density = edge_density(sobel_magnitude(rgb)[:, 1], self._largest[image][:, None])
+        height, width, device = self._scene.height, self._scene.width, u.device
+        per_image = height * self._blocks_in_row
+        block = langevin.draw_between(self._sums, image * per_image, (image + 1) * per_image, u[:, 0])
+        row, first = block // self._blocks_in_row % height, block % self._blocks_in_row * _BLOCK
+        rows = (row[:, None] + torch.arange(-1, 2, device=device)).clamp(0, height - 1)
+        columns = first[:, None] + torch.arange(-1, _BLOCK + 1, device=device)
+        patch = self._scene.images[image[:, None, None], rows[:, :, None], columns.clamp(0, width - 1)[:, None]]
+        magnitude = sobel_magnitude(self._scene.blend(patch))[:, 1, 1:-1]
+        density = edge_density(magnitude, self._largest[image][:, None])
+        columns = columns[:, 1:-1]
+        density = torch.where(columns < width, density, 0.0)
         if self._kept is not None:
-            density = density * self._kept.view(self._scene.n_images, height, width)[image, row]
-        column = langevin.draw_index(langevin.cumulate(density), u[:, 1:])
+            density = density * self._kept[image[:, None], row[:, None], columns.clamp_max(width - 1)]
+        column = first + langevin.draw_index(langevin.cumulate(density), u[:, 1:])
         self._position[dead] = langevin.position_of(row, column, height, width)
 
     def sample(self, step: int) -> PixelBatch:
