@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test gpu-check clean
 
 demo: $(VENV)/ready
-	$(BIN)/python run.py --demo
+	$(BIN)/python run.py --demo --compare
 
 test: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from typing import Any
 import configargparse
 
 from utils.errors import OptionError
+from utils.variants import EXAMPLE
 
 REPOSITORY = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"
@@ -157,6 +158,10 @@ OPTIONS = {
         Option("demo", FLAG, False, "train on the built-in demo scene, which needs no data (= --nerf_dataset demo)"),
         Option("seed", whole(0), 20211202, "seed of every random choice of the run"),
         Option("seeds", whole(1), 1, "how many runs: seed .. seed + N - 1"),
+        Option(
+            "strategies", matching(r".+", EXAMPLE, f"write for example {EXAMPLE}"), None, "several, one after another"
+        ),
+        Option("compare", FLAG, False, "train the strategies (default: all four), then write tables and figures"),
         Option("multi_data", FLAG, False, "run every scene found of the data set"),
         Option("save_dir", PATH, "./log", "where runs are kept: save_dir/up_folder_name/dataset/scene/tag/seedN"),
         Option("up_folder_name", NAME, "runs", "folder below save_dir"),

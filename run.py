@@ -4,19 +4,25 @@ python run.py --demo                                the built-in scene, no data 
 python run.py --nerf_scene chair --n_iters 5000     another scene of the same data set
 python run.py --config configs/flower.txt           another data set
 python run.py --multi_data --seeds 3                all scenes found, three seeds each
+python run.py --compare --seeds 3                   all four strategies, then tables and figures side by side
+python run.py --strategies full,expansive:es_ratio=0.5   strategies with settings of their own
 """
 
 import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from opt import REPOSITORY, parse_options
 from utils.errors import OptionError, SceneError, UserError
+from utils.variants import Variant, parse_variants
 
 CONFIG = str(REPOSITORY / "configs/lego.txt")
 # Whoever names one of these chooses the scene anew, and CONFIG stays out of it.
+STRATEGIES = "full,egra,soft,expansive"
 CHOOSES_SCENE = ("--config", "--nerf_dataset", "--demo")
 
 
@@ -26,6 +32,7 @@ def main() -> None:
     # run_egra_nerf(use_cuda=0)
     # run_soft_nerf(use_cuda=0)
     # run_expansive_nerf(use_cuda=0)
+    # compare_strategies(use_cuda=0)
 
 
 def run_standard_nerf(use_cuda: int = 0) -> None:
@@ -48,31 +55,86 @@ def run_expansive_nerf(use_cuda: int = 0) -> None:
     run_experiment("expansive", use_cuda)
 
 
+def compare_strategies(use_cuda: int = 0) -> None:
+    """All four, one after another, and a comparison (`--strategies` chooses others)."""
+    run_experiment("full", use_cuda, "--compare")
+
+
 class RunsFailed(Exception):
     """Some of several runs failed; the message lists them, a line each."""
 
 
-def run_experiment(strategy: str, use_cuda: int) -> None:
-    """Run one strategy on every scene and seed that the command line asks for, one after the other.
+def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:
+    """Run one strategy, or those of `--strategies`, on every scene and seed of the command line, one after the other.
 
-    use_cuda: index of the CUDA device that `--device auto` means, where there is CUDA. Raises UserError if nothing
-    can be run, and what went wrong in a single run; of several runs the others go on, and RunsFailed ends it.
+    use_cuda: index of the CUDA device that `--device auto` means, where there is CUDA. extra: arguments before the
+    user's. Raises UserError if nothing can be run, and what went wrong in a single run; of several runs the others
+    go on, and RunsFailed ends it.
     """
-    options = parse_options(compose(strategy, sys.argv[1:]))
-    check_ready(options)
-    options.device = choose_device(options.device, use_cuda)
-    runs = [(scene, options.seed + i) for scene in chosen_scenes(options) for i in range(options.seeds)]
+    plan = planned_runs(compose(strategy, [*extra, *sys.argv[1:]]), use_cuda)
     failures = []
-    for scene, seed in runs:
+    for options in plan:
+        name = f"{options.nerf_scene}, {options.tag}, seed {options.seed}"
         try:
-            run_one(options, scene, seed)
+            run_one(options, isolated=options.compare)
         except Exception as error:
-            if len(runs) == 1:
+            if len(plan) == 1:
                 raise
-            failures.append(f"{scene}, seed {seed}: {str(error) or type(error).__name__}")
-            report(error, f"{scene}, seed {seed}: ", options.debug)
+            failures.append(f"{name}: {str(error) or type(error).__name__}")
+            report(error, f"{name}: ", options.debug)
+    for scene in dict.fromkeys(options.nerf_scene for options in plan if options.compare):
+        tell_comparison(plan[0], scene)
     if failures:
-        raise RunsFailed("\n".join([f"{len(failures)} of {len(runs)} runs failed:", *failures]))
+        raise RunsFailed("\n".join([f"{len(failures)} of {len(plan)} runs failed:", *failures]))
+
+
+def planned_runs(arguments: Sequence[str], use_cuda: int) -> list[Namespace]:
+    """The options of every run that a command line asks for. Raises UserError for what can be known to be wrong."""
+    chosen = [parse_options(arguments)]
+    if chosen[0].compare or chosen[0].strategies:
+        chosen = [parse_options([*arguments, *more]) for more in variant_arguments(chosen[0], arguments)]
+    for options in chosen:
+        options.device = choose_device(options.device, use_cuda)
+    if not all(is_finished(options) for options in chosen):
+        for options in chosen:
+            check_ready(options)
+    scenes = chosen_scenes(chosen[0])
+    return [
+        Namespace(**vars(options) | {"nerf_scene": scene, "seed": seed})
+        for scene in scenes
+        for seed in range(chosen[0].seed, chosen[0].seed + chosen[0].seeds)
+        for options in chosen
+    ]
+
+
+def variant_arguments(options: Namespace, arguments: Sequence[str]) -> list[list[str]]:
+    """What each entry of `--strategies` adds to the command line, its tag included.
+
+    In a comparison, expansive supervision with fewer rays is set beside the standard sampler with as few.
+    """
+    if any(argument.partition("=")[0] == "--tag" for argument in arguments):
+        raise OptionError("--tag: several strategies cannot share one; delete it, each is named after its settings")
+    variants = parse_variants(options.strategies or STRATEGIES)
+    more = [variant.arguments for variant in variants]
+    if options.compare:
+        for resolved in [parse_options([*arguments, *words]) for words in more]:
+            if resolved.strategy == "expansive" and resolved.es_ratio < 1:
+                n_rays = max(int(resolved.es_ratio * resolved.batch_size), 1)
+                control = Variant("full", (("batch_size", str(n_rays)),))
+                if control not in variants:
+                    variants.append(control)
+    cp = ["_cp" if options.model_name == "TensorCP" else ""] * len(variants)
+    return [[*v.arguments, "--tag", v.tag + suffix] for v, suffix in zip(variants, cp, strict=True)]
+
+
+def is_finished(options: Namespace) -> bool:
+    """Whether all seeds of a scene are finished, so that nothing needs its data."""
+    from utils.run_folder import run_folder
+
+    place = (options.save_dir, options.up_folder_name, options.nerf_dataset, options.nerf_scene or "-", options.tag)
+    seeds = range(options.seed, options.seed + options.seeds)
+    finished = all((run_folder(*place, seed) / "results.json").exists() for seed in seeds)
+    return finished and not (options.overwrite or options.render_only or options.multi_data)
 
 
 def compose(strategy: str, arguments: Sequence[str]) -> list[str]:
@@ -117,14 +179,43 @@ def chosen_scenes(options: Namespace) -> list[str]:
     return [options.nerf_scene]
 
 
-def run_one(options: Namespace, scene: str, seed: int) -> None:
-    """Train one scene with one seed, then bring the data set's table of results up to date."""
-    import train
-    from utils.tables import write_tables
+def run_one(options: Namespace, isolated: bool = False) -> None:
+    """Train one run, then bring the data set's tables, and the comparison if there is one, up to date.
 
-    train.run(Namespace(**vars(options) | {"nerf_scene": scene, "seed": seed}))
+    isolated: in a process of its own; what one run leaves behind in a process would else be hidden in the peak
+    memory of the next.
+    """
+    if isolated:
+        # spawn: a fork would inherit the parent's threads in whatever state they are.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(train_one, options).result()
+    else:
+        train_one(options)
     if not options.render_only:
-        write_tables(Path(options.save_dir) / options.up_folder_name / options.nerf_dataset)
+        from utils.tables import write_tables
+
+        folder = Path(options.save_dir) / options.up_folder_name / options.nerf_dataset
+        write_tables(folder)
+        if options.compare:
+            from utils.comparison import write_comparison
+
+            write_comparison(folder / options.nerf_scene)
+
+
+def train_one(options: Namespace) -> None:
+    """Train (or render) as the options say, in this process."""
+    import train
+
+    train.run(options)
+
+
+def tell_comparison(options: Namespace, scene: str) -> None:
+    """Say where a scene's comparison lies."""
+    from utils.comparison import FOLDER
+
+    folder = Path(options.save_dir) / options.up_folder_name / options.nerf_dataset / scene / FOLDER
+    if folder.is_dir():
+        print(f"comparison: {folder} (overview.png, table.md, table.csv, figures)")
 
 
 def report(error: Exception, prefix: str, debug: bool) -> None:

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,14 +28,16 @@ from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
 from utils.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
 from utils.console import say
+from utils.curves import read_curves
 from utils.device import device_name
 from utils.errors import CheckpointError, OptionError, SceneError, UserError
-from utils.images import heat_map, save_png, side_by_side, to_uint8
+from utils.images import error_map, heat_map, save_png, side_by_side, to_uint8
 from utils.logs import RunLog
 from utils.memory import MemoryMeter, tensors_mb
 from utils.optimizers import crop_adam, make_adam
-from utils.run_folder import git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
+from utils.run_folder import atomic_file, git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
 from utils.seeds import make_generator
+from utils.stages import StageTotals, stage_of
 from utils.timing import PhaseTimer, eta_text
 
 # Steps timed on a throw-away field for the estimate, and the length of runs that are too short to need one.
@@ -226,7 +229,8 @@ class Trainer:
         }
         self.iteration, self.last_iteration = 0, options.n_iters
         self.train_seconds = self.setup_seconds = self.sampler_seconds = 0.0
-        self.samples_seen = {"live": 0, "colour": 0, "rays": 0}
+        self.stages = StageTotals()
+        self.stage = ""
         self.mask_grid: tuple[int, int, int] | None = None
         self.kept: Tensor | None = None
         # How often each pixel of the middle training view was drawn; the last entry takes all other pixels.
@@ -287,7 +291,7 @@ class Trainer:
             "timer": self.timer.state_dict(),
             "memory": self.memory.state_dict(),
             "seconds": [self.train_seconds, self.setup_seconds],
-            "samples_seen": dict(self.samples_seen),
+            "stages": self.stages.state_dict(),
             "draws": self.draws.cpu(),
         }
 
@@ -315,7 +319,7 @@ class Trainer:
             self.sampler_seconds = self.timer.seconds["sampler"]
             self.memory.load_state_dict(state["memory"])
             self.train_seconds, self.setup_seconds = state["seconds"]
-            self.samples_seen = dict(state["samples_seen"])
+            self.stages.load_state_dict(state["stages"])
             self.draws.copy_(state["draws"])
             self.iteration = state["iteration"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
@@ -351,7 +355,7 @@ class Trainer:
         if o.n_iters - self.iteration >= SHORTEST_ESTIMATED_RUN:
             say(self.estimate())
         self.setup_seconds += time.perf_counter() - started
-        self.memory.begin_segment()
+        self.open_memory()
         losses: list[Tensor] = []
         clock = time.perf_counter()
         # In a log file a bar is a line each time; a person wants it smooth.
@@ -370,13 +374,16 @@ class Trainer:
                 if self.train_seconds > stop_after:
                     self.last_iteration = self.iteration
                 step_ms = 1000.0 * seconds / len(losses)
+                self.stages.add(self.stage, seconds=seconds)
                 self.log_steps(mse, step_ms, len(losses))
                 bar.set_postfix(psnr=f"{mse_to_psnr(mse):.2f}", ms=f"{step_ms:.0f}", refresh=False)
                 losses.clear()
                 if self.due(o.vis_every) and self.iteration < self.last_iteration:
                     self.visualise()
                 if self.due(o.save_every):
+                    self.close_memory()
                     self.save()
+                    self.open_memory()
                 clock = time.perf_counter()
 
     def due(self, *periods: int) -> bool:
@@ -392,6 +399,7 @@ class Trainer:
     def step(self) -> Tensor:
         """One optimiser step; returns the plain mean squared error of the batch, which nobody has waited for."""
         o, phase = self.options, self.timer.phase
+        self.stage = stage_of(self.iteration, o.update_AlphaMask_list, o.upsamp_list, o.n_iters)
         with phase("sampler"):
             pixels = self.sampler.sample(self.iteration)
             self.watch(pixels)
@@ -416,8 +424,7 @@ class Trainer:
                 group["lr"] *= self.lr_factor
         with phase("sampler"):
             self.sampler.update(pixels, ray_loss.detach(), self.iteration)
-        for name, count in (("live", out.n_live), ("colour", out.n_colour), ("rays", len(rays))):
-            self.samples_seen[name] += count
+        self.stages.add(self.stage, steps=1, rays=len(rays), live_samples=out.n_live, colour_samples=out.n_colour)
         return error.detach().square().mean()
 
     def watch(self, pixels: PixelBatch) -> None:
@@ -432,8 +439,8 @@ class Trainer:
         o, iteration = self.options, self.iteration
         if iteration not in o.update_AlphaMask_list and iteration not in o.upsamp_list:
             return
-        self.memory.close_segment(self.static_mb())
-        self.memory.begin_segment()  # growing counts in the peak, but not in what a step needs
+        self.close_memory()
+        self.open_memory()  # growing counts in the peak, but not in what a step needs
         with self.timer.phase("grow"):
             if iteration in o.update_AlphaMask_list:
                 self.update_mask(first=iteration == o.update_AlphaMask_list[0])
@@ -446,7 +453,18 @@ class Trainer:
                 scale = 1.0 if o.lr_upsample_reset else o.lr_decay_target_ratio ** (iteration / o.n_iters)
                 self.optimizer = make_adam(self.field.param_groups(o.lr_init * scale, o.lr_basis * scale))
         self.memory.peak_mb()
-        self.memory.begin_segment()
+        self.open_memory()
+
+    def open_memory(self) -> None:
+        """Begin a stretch of steps for the memory meter, with no gradient of the last step about."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.memory.begin_segment(self.static_mb())
+
+    def close_memory(self) -> None:
+        """End a stretch of steps for the memory meter."""
+        step_mb = self.memory.close_segment(self.static_mb())
+        if self.stage:  # not before the first step of a resumed run
+            self.stages.memory(self.stage, step_mb)
 
     def update_mask(self, first: bool) -> None:
         """A new alpha mask; the first one also shrinks the field to it and changes the L1 weight."""
@@ -501,7 +519,7 @@ class Trainer:
                 f"the loss became {mse} between iterations {self.iteration - len(losses)} and {self.iteration} "
                 "(nothing was saved since): lower --lr_init or --lr_basis and start again with --overwrite"
             )
-        if not self.samples_seen["live"]:
+        if not self.stages.total("live_samples"):
             raise SceneError(
                 f"{self.scene.name}: no ray of the first {self.iteration} iterations met the box between near "
                 f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then start "
@@ -517,7 +535,7 @@ class Trainer:
         values = {"train/PSNR": mse_to_psnr(mse), "train/mse": mse}
         values |= {f"train/{name}": term.item() for name, term in self.terms.items()}
         values |= {"memory/allocated_mb": self.memory.allocated_mb(), "memory/peak_mb": self.memory.peak_mb()}
-        values |= {"time/step_ms": step_ms, "time/sampler_ms": sampler_ms}
+        values |= {"time/step_ms": step_ms, "time/sampler_ms": sampler_ms, "time/train_seconds": self.train_seconds}
         self.log.scalars(self.iteration, values)
 
     def static_mb(self) -> float:
@@ -533,7 +551,7 @@ class Trainer:
         views = evenly_spaced(test.n_images, self.options.N_vis)
         if not views:
             return
-        self.memory.close_segment(self.static_mb())
+        self.close_memory()
         evaluation = evaluate(
             test,
             evaluation_renderer(self.field, test),
@@ -545,16 +563,17 @@ class Trainer:
         )
         self.log.scalars(self.iteration, {f"test/{k}": v for k, v in evaluation.means.items() if v is not None})
         self.show(evaluation)
-        self.memory.begin_segment()
+        self.open_memory()
 
     def show(self, evaluation: Evaluation) -> None:
-        """A rendering beside its ground truth, its depth, and where the sampler spent its rays, to TensorBoard."""
+        """A rendering beside its ground truth, depth, error, and where the sampler spent its rays, to TensorBoard."""
         pair = side_by_side([evaluation.rgb, evaluation.ground_truth])
         draws = heat_map(self.draws[:-1].view(self.scene.height, self.scene.width).cpu().numpy())
         photo = to_uint8(self.scene.image_rgb(self.watched_view).cpu().numpy())
         for tag, picture in (
             ("test/rendering_and_truth", pair),
             ("test/depth", evaluation.depth),
+            ("test/error", error_map(evaluation.rgb, evaluation.ground_truth)),
             ("sampler/draws", side_by_side([photo, draws])),
         ):
             self.log.image(self.iteration, tag, picture)
@@ -562,7 +581,7 @@ class Trainer:
 
     def finish(self) -> dict:
         """The final evaluation and outputs; writes results.json, after which the run counts as finished."""
-        self.memory.close_segment(self.static_mb())
+        self.close_memory()
         test = self.scenes["test"]
         evaluation = score(self.options, self.field, self.scenes, self.perceptual, self.folder)
         views = range(0, test.n_images, self.options.test_every)
@@ -573,10 +592,12 @@ class Trainer:
         results = {**self.facts(), **means, "psnr_5view": sum(psnr[i] for i in few) / len(few)}
         results["per_view"] = evaluation.results()["per_view"] if evaluation else None
         results["lpips"] = self.perceptual.lines
+        results |= self.curves(psnr)
         if evaluation:
             scalars = {"test/psnr_all": means["psnr"], **{f"test/{k}": v for k, v in means.items()}}
             self.log.scalars(self.iteration, {k: v for k, v in scalars.items() if v is not None})
         self.show(scored)
+        self.save_views(scored)
         self.log.close()
         write_json_atomic(self.folder / "results.json", results)
         say(
@@ -587,20 +608,47 @@ class Trainer:
         export(self.options, self.field, test, self.folder)
         return results
 
+    def curves(self, psnr: dict[int, float]) -> dict:
+        """results.json's curves; psnr: the final figure of each scored view, from which the test curve's last comes."""
+        curves, test = read_curves(self.folder / "metrics.jsonl")
+        views = evenly_spaced(self.scenes["test"].n_images, self.options.N_vis)
+        if views and all(view in psnr for view in views):
+            test["iteration"].append(self.iteration)
+            test["train_seconds"].append(self.train_seconds)
+            test["psnr"].append(sum(psnr[view] for view in views) / len(views))
+        return {"curves": curves, "test_curve": test}
+
+    def save_views(self, evaluation: Evaluation) -> None:
+        """The shown test view and the draws on the watched training view as numbers, for figures of several runs."""
+        draws = self.draws[:-1].view(self.scene.height, self.scene.width)
+        with atomic_file(self.folder / "views.npz", "wb") as file:
+            np.savez_compressed(
+                file,
+                rgb=evaluation.rgb,
+                truth=evaluation.ground_truth,
+                depth=evaluation.depth_values.astype(np.float32),
+                opacity=evaluation.opacity_values.astype(np.float32),
+                depth_limits=np.array(evaluation.depth_limits),
+                photo=to_uint8(self.scene.image_rgb(self.watched_view).cpu().numpy()),
+                draws=draws.cpu().numpy(),
+            )
+
     def facts(self) -> dict:
         """The part of results.json that is known without rendering."""
-        o, seen, steps = self.options, self.samples_seen, max(self.iteration, 1)
+        o, total, steps = self.options, self.stages.total, max(self.iteration, 1)
         return {
             "dataset": o.nerf_dataset,
             "scene": o.nerf_scene,
             "strategy": o.strategy,
+            "tag": o.tag,
             "seed": o.seed,
             "model_name": o.model_name,
             "n_iters": self.iteration,
             "batch_size": o.batch_size,
-            "rays_per_step": seen["rays"] / steps,
-            "live_samples_per_step": seen["live"] / steps,
-            "colour_samples_per_step": seen["colour"] / steps,
+            "rays_per_step": total("rays") / steps,
+            "live_samples_per_step": total("live_samples") / steps,
+            "colour_samples_per_step": total("colour_samples") / steps,
+            "stages": self.stages.results(),
             "train_seconds": self.train_seconds,
             "setup_seconds": self.setup_seconds,
             "ms_per_step": self.timer.ms_per_step(steps),
@@ -611,4 +659,5 @@ class Trainer:
             "torch": torch.__version__,
             "commit": git_commit(),
             "kernels": self.field.kernels_name,
+            "options": resolved_dict(o),
         }

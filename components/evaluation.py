@@ -36,7 +36,8 @@ class View:
 class Evaluation:
     """Metrics of test views, one number a view in the order of `indices`; None where a metric does not apply.
 
-    rgb, ground_truth, depth: pictures of the first view, uint8 [H, W, 3] (None if there was no view).
+    rgb, ground_truth, depth: pictures of the first view, uint8 [H, W, 3] (None if there was no view). Of the same
+    view, as numbers: depth_values and opacity_values float32 [H, W], depth_limits, the depths of the colours' ends.
     """
 
     indices: list[int]
@@ -47,6 +48,9 @@ class Evaluation:
     rgb: np.ndarray | None = None
     ground_truth: np.ndarray | None = None
     depth: np.ndarray | None = None
+    depth_values: np.ndarray | None = None
+    opacity_values: np.ndarray | None = None
+    depth_limits: tuple[float, float] | None = None
 
     METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
 
@@ -117,6 +121,8 @@ def evaluate(
             rgb, depth = pictures.add(index, view)
             if result.rgb is None:
                 result.rgb, result.depth, result.ground_truth = rgb, depth, to_uint8(truth.cpu().numpy())
+                result.depth_values, result.opacity_values = view.depth.cpu().numpy(), view.opacity.cpu().numpy()
+                result.depth_limits = pictures.depth_limits
     perceptual.release()
     return result
 
@@ -166,6 +172,11 @@ class _Pictures:
 
     def __exit__(self, *error) -> bool | None:
         return self._files.__exit__(*error)
+
+    @property
+    def depth_limits(self) -> tuple[float, float]:
+        """The depths of the colours' ends."""
+        return self._range or self._limits
 
     def add(self, index: int, view: View) -> tuple[np.ndarray, np.ndarray]:
         """Save a view; its colours and its depth's as uint8 [H, W, 3]."""

@@ -135,7 +135,7 @@ def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monke
     assert [options.nerf_scene for options in trained.runs] == ["chair", "drums", "lego"]
     assert len(trained.tables) == 2
     stderr = capsys.readouterr().err
-    assert stderr.endswith(f"1 of 3 runs failed:\ndrums, seed 5: {error}\n")
+    assert stderr.endswith(f"1 of 3 runs failed:\ndrums, full, seed 5: {error}\n")
     assert ("Traceback" in stderr) == isinstance(error, ZeroDivisionError)
 
 

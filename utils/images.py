@@ -11,6 +11,9 @@ from PIL import Image
 from utils.errors import RunFolderError
 from utils.run_folder import naming_os_errors
 
+# The mean absolute error that error maps show as bright.
+BRIGHT_ERROR = 0.2
+
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """Colours in [0, 1] as 8 bit, rounded and clipped (NaN becomes 0); uint8 passes unchanged."""
@@ -60,6 +63,13 @@ def heat_map(counts: np.ndarray) -> np.ndarray:
     positive = counts[counts > 0]
     brightest = np.percentile(positive, 99.0) if positive.size else 1.0
     return _color_map(counts / brightest, cv2.COLORMAP_INFERNO)
+
+
+def error_map(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Mean |image - truth| over the channels of pictures [H, W, 3] (uint8, or float in [0, 1]) as uint8 colours:
+    black for none, bright for BRIGHT_ERROR and more, whatever the picture, so that maps can be compared."""
+    difference = to_uint8(image).astype(np.float64) - to_uint8(truth).astype(np.float64)
+    return _color_map(np.abs(difference).mean(-1) / 255.0 / BRIGHT_ERROR, cv2.COLORMAP_INFERNO)
 
 
 def side_by_side(images: Iterable[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 On CUDA the figure is the allocator's peak (`torch.cuda.max_memory_allocated`), whatever the process cached or the
 driver holds. On a CPU it is the growth of resident memory since `start`: Linux counts the peak itself (VmHWM, which
-writing 5 to /proc/self/clear_refs resets, see proc(5)); elsewhere a thread looks every few milliseconds.
+writing 5 to /proc/self/clear_refs resets, see proc(5)); elsewhere a thread looks every few milliseconds. There, what a
+step takes is counted from the memory at rest, which besides what stays holds libraries that were loaded since.
 """
 
 import ctypes
@@ -37,7 +38,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device | str):
         device = torch.device(device)
         self._counter = _CudaPeak(device) if device.type == "cuda" else _resident_peak()
-        self._peak_bytes = self._step_bytes = 0
+        self._peak_bytes = self._step_bytes = self._rest_bytes = 0
         self._counting = False
 
     def start(self) -> None:
@@ -45,16 +46,25 @@ class MemoryMeter:
         self._counter.set_baseline()
         self.begin_segment()
 
-    def begin_segment(self) -> None:
-        """Count from here: what came since `start` or `close_segment` (loading, an evaluation) is left out."""
+    def begin_segment(self, static_mb: float | None = None) -> None:
+        """Count from here: what came since `start` or `close_segment` (loading, an evaluation) is left out.
+
+        static_mb: what stays allocated, if nothing else is needed at this moment; None: count all above the baseline.
+        """
+        self._rest_bytes = 0 if static_mb is None else max(self._counter.at_rest() - static_mb * MB, 0)
         self._counter.reset()
         self._counting = True
 
-    def close_segment(self, static_mb: float) -> None:
-        """End a stretch of training steps in which static_mb (pixels, parameters, optimiser) stayed allocated."""
-        self._step_bytes = max(self._step_bytes, self._counter.peak() - static_mb * MB)
+    def close_segment(self, static_mb: float) -> float:
+        """End a stretch of training steps in which static_mb (pixels, parameters, optimiser) stayed allocated.
+
+        Returns what these steps took beyond that, MB (2**20 bytes).
+        """
+        step_bytes = max(self._counter.peak() - static_mb * MB - self._rest_bytes, 0)
+        self._step_bytes = max(self._step_bytes, step_bytes)
         self._take_peak()
         self._counting = False
+        return step_bytes / MB
 
     def peak_mb(self) -> float:
         """Largest memory so far, MB (2**20 bytes)."""
@@ -94,6 +104,10 @@ class _CudaPeak:
     def set_baseline(self) -> None:
         """The allocator counts from zero already."""
 
+    def at_rest(self) -> int:
+        """The allocator counts tensors alone."""
+        return 0
+
     def reset(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -113,6 +127,11 @@ class _ResidentPeak:
     def set_baseline(self) -> None:
         _return_freed_memory()
         self._baseline = _resident_bytes()
+
+    def at_rest(self) -> int:
+        """Resident bytes above the baseline when what was freed is given back."""
+        _return_freed_memory()
+        return self.now()
 
     def reset(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")

@@ -22,6 +22,7 @@ RUN_FILES = (
     "events.out.*",
     "mesh.ply",
     "overview.png",
+    "views.npz",
     "args.json",
 )
 RUN_FOLDERS = ("imgs_vis", "imgs_test_all", "imgs_train_all", "imgs_path_all")
