@@ -19,6 +19,8 @@ SEARCH_STEPS, SEARCH_TOLERANCE, SEARCH_GAIN = 100, 0.2, 15.0
 # The largest gradient that Canny can see in 8-bit grey: |dx| + |dy|, each 4 * 255 at most.
 LARGEST_GRADIENT = 2040
 GREY = (0.2989, 0.587, 0.114)
+# One 8-bit step of blue, the smallest change of grey there is, has a Sobel gradient of at least 0.114/255 = 4.5e-4.
+SMALLEST_STEP = 1e-4
 SMALLEST_MAGNITUDE, NO_DIVISION_BY_ZERO = 1e-5, 1e-7
 
 
@@ -116,6 +118,12 @@ def sobel_magnitude(rgb: Tensor, zero_padding: bool = False) -> Tensor:
     else:
         gradient = spatial_gradient(grey, normalized=False)
     return torch.hypot(*gradient[:, 0].unbind(1))
+
+
+def largest_magnitude(magnitude: Tensor) -> Tensor:
+    """The maximum (scalar) of an image's magnitude [H, W]; infinite for a blank image, whose rounding is no edge."""
+    largest = magnitude.max()
+    return torch.where(largest < SMALLEST_STEP, torch.inf, largest)
 
 
 def edge_density(magnitude: Tensor, largest: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from components import langevin
-from components.edges import edge_density, sobel_magnitude
+from components.edges import edge_density, largest_magnitude, sobel_magnitude
 from components.pixel_sets import PixelSet
 from components.types import PixelBatch, Scene
 from utils.console import say
@@ -31,7 +31,7 @@ class SoftMiningSampler:
         self._image = images.repeat_interleave(-(-options.batch_size // len(images)))
         self._blocks_in_row = -(-scene.width // _BLOCK)
         self._sums, self._largest = self._sum_blocks()
-        blank = int((self._largest == 0).sum())
+        blank = int(self._largest.isinf().sum())
         if blank:
             say(f"warning: {blank} of {scene.n_images} images have no edges (soft): walkers are reborn anywhere there")
         self._position = self._uniform(len(self._image))
@@ -40,15 +40,16 @@ class SoftMiningSampler:
 
     def _sum_blocks(self) -> tuple[Tensor, Tensor]:
         """(edge density on kept pixels, summed over each block and cumulated over all blocks of all images, float64,
-        0 first; largest magnitude [M])."""
+        0 first; largest magnitude [M], infinite where there are no edges)."""
 
         def sums_of(image: int) -> tuple[Tensor, Tensor]:
             magnitude = sobel_magnitude(self._scene.image_rgb(image)[None])[0]
-            density = edge_density(magnitude, magnitude.max())
+            largest = largest_magnitude(magnitude)
+            density = edge_density(magnitude, largest)
             if self._kept is not None:
                 density = density * self._kept[image]
             blocks = pad(density, (0, -density.shape[1] % _BLOCK)).view(-1, _BLOCK)
-            return blocks.sum(1, dtype=torch.float64), magnitude.max()
+            return blocks.sum(1, dtype=torch.float64), largest
 
         sums, largest = zip(*in_threads(sums_of, self._scene.n_images, "edges of images", "image"), strict=True)
         return langevin.cumulate(torch.cat(sums)), torch.stack(largest)
