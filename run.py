@@ -185,12 +185,7 @@ def run_one(options: Namespace, isolated: bool = False) -> None:
     isolated: in a process of its own; what one run leaves behind in a process would else be hidden in the peak
     memory of the next.
     """
-    if isolated:
-        # spawn: a fork would inherit the parent's threads in whatever state they are.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(train_one, options).result()
-    else:
-        train_one(options)
+    (train_isolated if isolated else train_one)(options)
     if not options.render_only:
         from utils.tables import write_tables
 
@@ -207,6 +202,13 @@ def train_one(options: Namespace) -> None:
     import train
 
     train.run(options)
+
+
+def train_isolated(options: Namespace) -> None:
+    """The same in a process of its own; what it raises is raised."""
+    # spawn: a fork would inherit the parent's threads in whatever state they are.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(train_one, options).result()
 
 
 def tell_comparison(options: Namespace, scene: str) -> None:

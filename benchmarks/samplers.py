@@ -100,10 +100,11 @@ def main() -> None:
             f"{strategy}: built in {r['build_seconds']:.1f} s, keeps {r['kept_mb']:.0f} MB, draws {r['rays']} of "
             f"{r['pixels']} pixels in {r['draw_ms']:.2f} ms, weighs and updates in {r['weigh_and_update_ms']:.2f} ms"
         )
-    kind = "cpu" if "CPU" in results[0]["device"] else "cuda"
+    facts = {key: results[0][key] for key in ("device", "torch", "commit", "pixels")}
+    kind = "cpu" if "CPU" in facts["device"] else "cuda"
     path = ROOT / "benchmarks" / "results" / f"samplers_{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps({**facts, "samplers": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def curve_figure(rows: dict[str, list[dict]], over: str):
     axes = figure.subplots()
     _draw_curves(axes, rows, "iteration" if over == "iteration" else "train_seconds")
     axes.set_xlabel("iteration" if over == "iteration" else "seconds of training (evaluations excluded)")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return figure
 
 
@@ -196,5 +197,6 @@ def overview_figure(rows: dict[str, list[dict]], views: dict[str, dict]):
     left.set_xlabel("iteration", fontsize=8)
     _draw_curves(right, rows, "train_seconds")
     right.set_xlabel("seconds of training", fontsize=8)
-    left.legend(fontsize=7)
+    if left.lines:
+        left.legend(fontsize=7)
     return figure
