@@ -17,7 +17,7 @@ from torch import Tensor
 from components.types import Rays
 
 # Candidates tested at once, which bounds the memory of those that are thrown away again; on CUDA each part waits once.
-_CANDIDATES, _OTHER_CANDIDATES = {"cpu": 1 << 17}, 1 << 24
+_CANDIDATES, _OTHER_CANDIDATES = {"cpu": 1 << 15}, 1 << 24
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-er
 FLAGS += ("-fassociative-math", "-fno-signed-zeros")
 COMPILE_SECONDS = 300
 # Points whose products are held at once before they are multiplied by the basis; work too small to share out.
-_CHUNK, _ALONE, _BLOCK = 1 << 13, 1 << 11, 8
+_CHUNK, _ALONE, _BLOCK = 1 << 11, 1 << 10, 8
 
 
 class _Table(ctypes.Structure):
