@@ -7,39 +7,131 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is betwee
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def mean(runs: list[dict], key: str, digits: int) -> str:
+MAIN = ("full", "egra", "soft-soft_mining_gradviewdir", "soft", "expansive")
+FEWER_RAYS = ("full", "expansive", "expansive-es_ratio0.5", "full-batch_size512")
+ASKED_FIRST = (
+    "full",
+    "expansive",
+    "expansive-es_normalize",
+    "full-L1_weight_inital2e-5-L1_weight_rest1e-5",
+    "full-batch_size1535",
+)
+
+
+def mean(runs: list[dict], *path: str, digits: int = 0) -> str:
     """The mean of a figure over runs, n/a if one of them lacks it."""
-    values = [run[key] for run in runs]
-    return "n/a" if None in values else f"{sum(values) / len(values):.{digits}f}"
+    values = []
+    for run in runs:
+        value = run
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        values.append(value)
+    return "n/a" if None in values else f"{statistics.fmean(values):.{digits}f}"
+
+
+def lego200_reports(tags: tuple[str, ...]) -> list[dict]:
+    """The committed reports of entries, those that are there."""
+    paths = [RESULTS / f"lego200_{tag}_cpu.json" for tag in tags]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def psnr_cells(report: dict, base: dict) -> list[str]:
+    """PSNR over seeds, and its paired difference to the baseline's."""
+    runs = report["runs"]
+    spread = "" if report["psnr_std"] is None else f" +- {report['psnr_std']:.2f}"
+    seeds = ", ".join(f"{run['psnr']:.2f}" for run in runs)
+    other = {run["seed"]: run["psnr"] for run in base["runs"]}
+    pairs = [run["psnr"] - other[run["seed"]] for run in runs if run["seed"] in other]
+    difference = "n/a" if not pairs else f"{statistics.fmean(pairs):+.2f}"
+    if len(pairs) > 1:
+        difference += f" +- {statistics.stdev(pairs):.2f}"
+    return [f"{report['psnr_mean']:.2f}{spread} ({seeds})", "" if report is base else difference]
+
+
+def table(head: list[str], rows: list[list[str]], reports: list[dict]) -> str:
+    """A markdown table and where its figures come from."""
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    facts = {key: ", ".join(dict.fromkeys(report[key] for report in reports)) for key in ("device", "torch", "commit")}
+    return "\n".join([*lines, "", f"({facts['device']}, torch {facts['torch']}, commit {facts['commit']})"])
 
 
 def lego200() -> str:
-    """lego200: PSNR a seed, time and memory, beside the reference."""
-    lines = [
-        "| strategy | test PSNR, dB (mean +- std, seeds) | reference, dB | SSIM | LPIPS alex | train s "
-        "| step memory MB | device, torch, commit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted(RESULTS.glob("lego200_*.json")):
-        r = json.loads(path.read_text())
-        runs = r["runs"]
-        seeds = ", ".join(f"{run['psnr']:.2f}" for run in runs)
-        spread = "" if r["psnr_std"] is None else f" +- {r['psnr_std']:.2f}"
-        psnr = f"{r['psnr_mean']:.2f}{spread} ({seeds})"
-        reference = ", ".join(f"{p:.2f}" for p in r["psnr_reference"])
-        memory = max(run["step_memory_mb"] for run in runs)
-        where = f"{r['device']}, {r['torch']}, {r['commit']}"
-        lines.append(
-            f"| {r['strategy']} | {psnr} | {reference} | {mean(runs, 'ssim', 4)} | {mean(runs, 'lpips_alex', 4)} "
-            f"| {mean(runs, 'train_seconds', 0)} | {memory:.0f} | {where} |"
+    """The four strategies on lego200, beside the reference."""
+    reports = lego200_reports(MAIN)
+    head = ["strategy", "test PSNR, dB: mean +- std (seeds)", "to full", "reference, dB", "SSIM", "LPIPS alex"]
+    head += ["train s", "sampler ms", "step MB"]
+    rows = []
+    for r in reports:
+        reference = ", ".join(f"{p:.2f}" for p in r["psnr_reference"] or []) or "-"
+        rows.append(
+            [
+                r["tag"].replace("-soft_mining_gradviewdir", " `--soft_mining_grad viewdir`"),
+                *psnr_cells(r, reports[0]),
+                reference,
+                mean(r["runs"], "ssim", digits=4),
+                mean(r["runs"], "lpips_alex", digits=4),
+                mean(r["runs"], "train_seconds"),
+                mean(r["runs"], "ms_per_step", "sampler", digits=1),
+                mean(r["runs"], "step_memory_mb"),
+            ]
         )
-    return "\n".join(lines)
+    return table(head, rows, reports)
+
+
+def fewer_rays() -> str:
+    """es_ratio 0.5 on lego200 and its control."""
+    reports = lego200_reports(FEWER_RAYS)
+    head = ["run", "rays", "test PSNR, dB", "to full", "density lookups a step: before mask", "after"]
+    head += ["step MB: before mask", "after", "train s"]
+    rows = []
+    for r in reports:
+        runs = r["runs"]
+        cells = [mean(runs, "stages", s, "live_samples") for s in ("before_mask", "after_mask")]
+        cells += [mean(runs, "stages", s, "step_memory_mb") for s in ("before_mask", "after_mask")]
+        rows.append([r["tag"], mean(runs, "rays_per_step"), *psnr_cells(r, reports[0]), *cells])
+        rows[-1].append(mean(runs, "train_seconds"))
+    return table(head, rows, reports)
+
+
+def asked_first() -> str:
+    """What a sceptic asks first, on lego200."""
+    reports = lego200_reports(ASKED_FIRST)
+    head = ["run", "rays", "test PSNR, dB", "to full", "colour lookups a step", "train s"]
+    rows = [
+        [
+            r["tag"],
+            mean(r["runs"], "rays_per_step"),
+            *psnr_cells(r, reports[0]),
+            mean(r["runs"], "colour_samples_per_step"),
+            mean(r["runs"], "train_seconds"),
+        ]
+        for r in reports
+    ]
+    return table(head, rows, reports)
+
+
+def samplers() -> str:
+    """What each sampler costs on full-size lego."""
+    r = json.loads((RESULTS / "samplers_cpu.json").read_text())
+    rows = [
+        [
+            s["strategy"],
+            f"{s['build_seconds']:.1f}",
+            f"{s['draw_ms']:.2f}",
+            f"{s['weigh_and_update_ms']:.2f}",
+            f"{s['kept_mb']:.0f}",
+        ]
+        for s in r["samplers"]
+    ]
+    head = ["sampler", "built, s", "a draw, ms", "weigh and update, ms", "resident MB after building"]
+    return table(head, rows, [r])
 
 
 def step() -> str:
@@ -65,7 +157,7 @@ def step() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"lego200": lego200, "step": step}
+TABLES = {"lego200": lego200, "fewer_rays": fewer_rays, "asked_first": asked_first, "samplers": samplers, "step": step}
 
 
 def with_tables(text: str) -> str:

@@ -68,8 +68,10 @@ class SoftMiningSampler:
 
     def _give_birth(self, dead: Tensor) -> None:
         """Put the dead walkers [N] bool on pixels drawn from the edge density of their image."""
-        u = self._uniform(len(dead), torch.float64)[dead]  # one each, so that the stream does not depend on deaths
-        image = self._image[dead]
+        walker = dead.nonzero()[:, 0]
+        # Numbers for all walkers, so that the stream does not depend on who dies.
+        u = self._uniform(len(dead), torch.float64)[walker]
+        image = self._image[walker]
         height, width, device = self._scene.height, self._scene.width, u.device
         per_image = height * self._blocks_in_row
         block = langevin.draw_between(self._sums, image * per_image, (image + 1) * per_image, u[:, 0])
@@ -84,7 +86,7 @@ class SoftMiningSampler:
         if self._kept is not None:
             density = density * self._kept[image[:, None], row[:, None], columns.clamp_max(width - 1)]
         column = first + langevin.draw_index(langevin.cumulate(density), u[:, 1:])
-        self._position[dead] = langevin.position_of(row, column, height, width)
+        self._position[walker] = langevin.position_of(row, column, height, width)
 
     def sample(self, step: int) -> PixelBatch:
         """The pixels under the walkers; xy requires a gradient."""

@@ -4,12 +4,17 @@ import pytest
 import torch
 
 import train
+from components.pixel_sets import PixelSet
 from components.types import Rays
+from opt import parse_options
+from samplers import SAMPLERS, build_sampler
 from tests.helpers import random_field, random_rays
 from tests.reference import dense_render
+from tests.test_cameras import small_scene
 from tests.test_training import data_folder, options, run_folder  # noqa: F401 - data_folder is a fixture
 from utils.checkpoints import latest_checkpoint, load_checkpoint
 from utils.errors import CheckpointError
+from utils.seeds import make_generator
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -74,3 +79,35 @@ def test_a_cuda_run_resumes_and_is_refused_on_the_cpu(data_folder, tmp_path, nam
     assert results["psnr"] > 10
     assert results["peak_memory_mb"] > results["static_memory_mb"] > 0
     assert load_checkpoint(latest_checkpoint(run_folder(o)))["iteration"] == 30
+
+
+@pytest.mark.parametrize("strategy", sorted(SAMPLERS))
+def test_every_sampler_trains_on_cuda(data_folder, tmp_path, strategy):  # noqa: F811
+    for name, filter_rays in (("syn", "1"), ("llff", "0")):
+        more = ["--device", "cuda", "--strategy", strategy, "--filter_rays", filter_rays]
+        results = train.run(options(data_folder, tmp_path, name, "TensorVMSplit", *more))
+        assert results["psnr"] > 8
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("strategy", sorted(SAMPLERS))
+def test_samplers_wait_for_cuda_no_more_than_they_say(strategy, filtered):
+    scene = small_scene(n_images=5, height=150, width=170).to("cuda")
+    kept = None
+    if filtered:
+        kept = torch.rand(scene.n_pixels, generator=torch.Generator().manual_seed(0)).to("cuda") < 0.6
+    o = parse_options(["--demo", "--batch_size", "500"])
+    sampler = build_sampler(strategy, scene, PixelSet(scene.n_pixels, kept), o, make_generator(0, "sampler", "cuda"))
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step and strategy != "soft" else "default")
+        try:
+            pixels = sampler.sample(step)
+            error = torch.rand(len(pixels), 3, device="cuda")
+            if pixels.xy.requires_grad:
+                pixels.xy.grad = torch.randn_like(pixels.xy) * 1e-5
+            weight = sampler.weigh(pixels, error, step)
+            sampler.update(pixels, weight * error.square().mean(-1), step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert {t.device.type for t in (pixels.image_id, pixels.xy, weight)} == {"cuda"}
+        assert weight.isfinite().all()

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.cameras import cast_rays
 from components.pixel_sets import PixelSet
@@ -166,6 +167,55 @@ def test_one_pixel_is_enough(name):
     pixels, _, weight = train_step(build(name, scene, batch_size=4), scene, 0)
     assert (pixels.xy == 0.5).all()
     assert torch.isfinite(weight).all()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for a device: numbers read back, and shapes that depend on data."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        to_host = name != "_to_copy" or (kwargs or {}).get("device") == torch.device("cpu")
+        self.count += any(name.startswith(wait) for wait in self.names) and to_host
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_sampler_makes_the_host_wait_for_the_device_more_than_its_docstring_says(name, monkeypatch):
+    # On a CPU the permutation asks whether all walks have ended, which is free there; on CUDA it does not ask.
+    monkeypatch.setattr("components.permutation._SMALL", 0)
+    monkeypatch.setattr("components.permutation._WALKS", 0)
+    scene = small_scene(height=12, width=10)
+    sampler = build(name, scene)
+    for step in range(3):
+        with Waits() as waits:
+            train_step(sampler, scene, step)
+        # train_step itself reads nothing back; soft mining's update counts its dead.
+        assert waits.count == (1 if name == "soft" else 0)
+
+
+def test_only_soft_mining_asks_for_the_gradient_in_pixel_position(name):
+    pixels = build(name, small_scene()).sample(0)
+    assert pixels.xy.requires_grad == (name == "soft")
+    assert not pixels.detach_samples
+
+
+def test_streams_of_different_names_differ():
+    streams = [torch.rand(8, generator=make_generator(3, n)) for n in ("sampler", "jitter", "background", "sampler/9")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(streams) for b in streams[:i])
+
+
+def test_only_kept_pixels_are_drawn(name):
+    scene = small_scene(height=12, width=10)
+    for seed in range(3):
+        kept = torch.rand(scene.n_pixels, generator=torch.Generator().manual_seed(seed)) < 0.3
+        sampler = build(name, scene, kept=kept, seed=seed)
+        for step in range(25):
+            assert kept[flat(train_step(sampler, scene, step)[0], scene)].all()
 
 
 # --- full ---
