@@ -18,7 +18,7 @@ from models.config import FieldConfig
 from models.shading import build_shading
 
 # Samples whose colours are computed at once: few on a CPU, whose cache they should fit; launches cost more on CUDA.
-_COLOUR_CHUNK, _OTHER_COLOUR_CHUNK = {"cpu": 1 << 11}, 1 << 18
+_COLOUR_CHUNK, _OTHER_COLOUR_CHUNK = {"cpu": 1 << 10}, 1 << 18
 _RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
 
 
