@@ -4,6 +4,7 @@ import statistics
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from utils.images import depth_to_color, error_map, heat_map
@@ -13,6 +14,8 @@ from utils.run_folder import naming_os_errors
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F")
 INCH = 2.3
 MOST_COLUMNS = 8
+# Side of the square over which draws are averaged for the eye, pixels.
+SMOOTH = 5
 
 
 def write_figures(rows: dict[str, list[dict]], folder: Path) -> None:
@@ -160,7 +163,14 @@ def _draw_draws(axes: np.ndarray, views: dict[str, dict]) -> None:
     """The watched photo [one row] and where each sampler's rays fell on it."""
     _show(axes[0], next(iter(views.values()))["photo"], "a training view")
     for place, (tag, view) in zip(axes[1:], views.items(), strict=False):
-        _show(place, heat_map(view["draws"]), f"{tag}: rays", f"{int(view['draws'].sum())} rays on this view")
+        # A pixel is drawn once or twice in a short run; the mean over its neighbours shows the density.
+        density = cv2.blur(view["draws"], (SMOOTH, SMOOTH))
+        _show(
+            place,
+            heat_map(density),
+            f"{tag}: rays",
+            f"{int(view['draws'].sum())} on this view, {SMOOTH}x{SMOOTH} means",
+        )
 
 
 def _some(views: dict[str, dict]) -> dict[str, dict]:
