@@ -516,8 +516,9 @@ def _field_faults(values: dict[str, Any]):
     for name in ("upsamp_list", "update_AlphaMask_list"):
         if values[name] != sorted(set(values[name])):
             yield name, "iterations must increase; sort them and drop what is twice"
-    if values["lamda_a"] == values["lamda_s"] == 0 and not values["use_mse"]:
-        yield "lamda_s", "together with lamda_a = 0 leaves no loss; give one of them a weight"
+    anchors, sources = (values["es_beta_a"] > 0, "lamda_a"), (values["es_beta_a"] < 1, "lamda_s")
+    if not values["use_mse"] and not any(drawn and values[weight] > 0 for drawn, weight in (anchors, sources)):
+        yield "lamda_s", "with this lamda_a and es_beta_a leaves no loss; give what is drawn a weight"
     if values["lr_decay_iters"] == 0:
         yield "lr_decay_iters", "give -1 (all of n_iters) or a positive number of steps"
 
@@ -532,6 +533,7 @@ def _file_faults(values: dict[str, Any]):
     if exported is not None and (Path(exported).is_dir() or not Path(exported).absolute().parent.is_dir()):
         yield "export_tensorf", "is no file in a folder that exists; make the folder, or give another file"
     several = "multi_data" if values["multi_data"] else "seeds" if values["seeds"] > 1 else None
+    several = "compare" if values["compare"] else "strategies" if values["strategies"] else several
     for name in ("ckpt", "export_tensorf"):
         if several and values[name] is not None:
             yield name, f"is one file, {several} makes several runs; give one of the two"

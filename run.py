@@ -23,6 +23,9 @@ from utils.variants import Variant, parse_variants
 CONFIG = str(REPOSITORY / "configs/lego.txt")
 # Whoever names one of these chooses the scene anew, and CONFIG stays out of it.
 STRATEGIES = "full,egra,soft,expansive"
+EXPANSIVE_ONLY = frozenset(
+    ["es_ratio", "es_beta_a", "es_search", "es_normalize", "lamda_a", "lamda_s", "a_s_add", "use_mse", "batch_size"]
+)
 CHOOSES_SCENE = ("--config", "--nerf_dataset", "--demo")
 
 
@@ -115,12 +118,13 @@ def variant_arguments(options: Namespace, arguments: Sequence[str]) -> list[list
     if any(argument.partition("=")[0] == "--tag" for argument in arguments):
         raise OptionError("--tag: several strategies cannot share one; delete it, each is named after its settings")
     variants = parse_variants(options.strategies or STRATEGIES)
-    more = [variant.arguments for variant in variants]
     if options.compare:
-        for resolved in [parse_options([*arguments, *words]) for words in more]:
+        for variant, resolved in [(v, parse_options([*arguments, *v.arguments])) for v in tuple(variants)]:
             if resolved.strategy == "expansive" and resolved.es_ratio < 1:
                 n_rays = max(int(resolved.es_ratio * resolved.batch_size), 1)
-                control = Variant("full", (("batch_size", str(n_rays)),))
+                # Whatever else the entry changes, its control changes too.
+                others = [change for change in variant.changes if change[0] not in EXPANSIVE_ONLY]
+                control = Variant("full", (*others, ("batch_size", str(n_rays))))
                 if control not in variants:
                     variants.append(control)
     cp = ["_cp" if options.model_name == "TensorCP" else ""] * len(variants)

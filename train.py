@@ -539,10 +539,11 @@ class Trainer:
         self.log.scalars(self.iteration, values)
 
     def static_mb(self) -> float:
-        """Memory that stays from step to step: pixels, parameters, optimiser, mask."""
+        """Memory that stays from step to step: pixels, parameters, optimiser, mask, the sampler's tables."""
         state = [v for values in self.optimizer.state.values() for v in values.values()]
         images = [scene.images for scene in self.scenes.values() if scene.device == self.device]
-        tensors = [*images, *self.field.parameters(), *self.field.buffers()]
+        tables = [v for v in vars(self.sampler).values() if isinstance(v, Tensor)]
+        tensors = [*images, *self.field.parameters(), *self.field.buffers(), *tables, self.draws]
         return tensors_mb([*tensors, *state] + ([] if self.kept is None else [self.kept]))
 
     def visualise(self) -> None:

@@ -112,7 +112,8 @@ def sobel_magnitude(rgb: Tensor, zero_padding: bool = False) -> Tensor:
 
     Borders are replicated; `zero_padding` is the reference's way, which makes the picture's border an edge.
     """
-    grey = (rgb @ rgb.new_tensor(GREY))[:, None]
+    red, green, blue = rgb.unbind(-1)
+    grey = (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
     if zero_padding:
         gradient = spatial_gradient(pad(grey, (1, 1, 1, 1)), normalized=False)[..., 1:-1, 1:-1]
     else:

@@ -18,7 +18,8 @@ DYING_SHARE = 0.1
 
 def pixel_under(position: Tensor, height: int, width: int) -> Tensor:
     """(row, column) [N, 2] int64 of positions p: round(p * (H - 1, W - 1))."""
-    return torch.round(position * position.new_tensor([height - 1, width - 1])).long()
+    y, x = position.unbind(-1)
+    return torch.stack([torch.round(y * (height - 1)), torch.round(x * (width - 1))], -1).long()
 
 
 def position_of(row: Tensor, column: Tensor, height: int, width: int) -> Tensor:

@@ -20,7 +20,8 @@ class SoftMiningSampler:
 
     Dead walkers are reborn on the edges of their image. Of the edges' density only the sums of blocks of 32 pixels
     are kept; a block is computed again from the image when a walker is reborn in it. `update` therefore waits once
-    for the number of dead walkers (a tenth of all): blocks for all would take ten times the memory and time.
+    for the number of dead walkers (a tenth of all): blocks for all would take ten times the memory and time. (kornia's
+    Sobel kernel, nine numbers, is copied to the device each time as well.)
     """
 
     def __init__(self, scene: Scene, kept: PixelSet, options, generator: torch.Generator) -> None:
@@ -29,6 +30,8 @@ class SoftMiningSampler:
         self._kept = None if kept.kept is None else kept.kept.view(shape)
         images = (kept.image_starts(scene.n_images).diff() > 0).nonzero()[:, 0].to(scene.device)
         self._image = images.repeat_interleave(-(-options.batch_size // len(images)))
+        if options.batch_size < len(images):
+            say(f"warning: soft has a walker an image at least: {len(images)} rays a step, not {options.batch_size}")
         self._blocks_in_row = -(-scene.width // _BLOCK)
         self._sums, self._largest = self._sum_blocks()
         blank = int(self._largest.isinf().sum())
@@ -103,14 +106,17 @@ class SoftMiningSampler:
     def update(self, pixels: PixelBatch, ray_loss: Tensor, step: int) -> None:
         """One Langevin step, deaths and births."""
         o, n = self._options, len(self._image)
-        drift = langevin.drift(pixels.xy.grad.flip(-1), ray_loss)
+        # None where the colour does not depend on the view direction (viewdir with RGB shading): noise alone moves.
+        gradient = torch.zeros_like(self._position) if pixels.xy.grad is None else pixels.xy.grad.flip(-1)
+        drift = langevin.drift(gradient, ray_loss)
         noise = torch.randn(n, 2, generator=self._generator, device=drift.device)
         position = langevin.langevin_move(self._position, drift, noise, o.soft_mining_a, o.soft_mining_b)
         dead = langevin.dead_walkers(position, ray_loss)
         offset = torch.randint(n, (), generator=self._generator, device=drift.device)
         slots = langevin.fresh_slots(n, offset)
         position[slots] = self._uniform(len(slots))
-        self._position = position.clamp(0.0, 1.0)
+        # A diverged loss makes NaN of its walker, which is dead, but must name a pixel until it is reborn.
+        self._position = position.nan_to_num(0.5).clamp(0.0, 1.0)
         if self._kept is not None:
             dead |= self._dropped()
         self._give_birth(dead)

@@ -11,6 +11,8 @@ from utils.run_folder import atomic_file
 from utils.tables import MISSING, collect_results
 
 FOLDER = "comparison"
+# The row that others are compared with: the standard sampler on the same kind of field.
+BASELINES = {"TensorCP": "full_cp"}
 BASELINE = "full"
 
 
@@ -104,21 +106,27 @@ def _finished(folder: Path) -> bool:
 
 def rows_by_tag(runs: list[dict]) -> dict[str, list[dict]]:
     """Runs by tag, each by seed; the baseline first, the others in alphabetical order."""
-    tags = sorted({run["tag"] for run in runs}, key=lambda tag: (tag != BASELINE, tag))
+    first = (BASELINE, *BASELINES.values())
+    tags = sorted({run["tag"] for run in runs}, key=lambda tag: (tag not in first, tag))
     return {tag: sorted((r for r in runs if r["tag"] == tag), key=lambda r: r.get("seed", 0)) for tag in tags}
 
 
 def paired_differences(rows: dict[str, list[dict]], tag: str, key: str = "psnr") -> list[float]:
     """Differences of a figure to the baseline's, a seed each that both have."""
-    base = {run.get("seed"): run.get(key) for run in rows.get(BASELINE, [])}
+    base = {run.get("seed"): run.get(key) for run in rows.get(baseline_of(rows[tag]), [])}
     pairs = [(run.get(key), base.get(run.get("seed"))) for run in rows[tag]]
     return [mine - other for mine, other in pairs if mine is not None and other is not None]
+
+
+def baseline_of(group: list[dict]) -> str:
+    """The tag of the row that a row of runs is compared with."""
+    return BASELINES.get(group[0].get("model_name"), BASELINE)
 
 
 def changed_settings(rows: dict[str, list[dict]], tag: str) -> dict:
     """Options in which a row differs from the baseline, besides strategy and tag: those of its first run."""
     ours = rows[tag][0].get("options") or {}
-    base = (rows.get(BASELINE) or next(iter(rows.values())))[0].get("options") or {}
+    base = (rows.get(baseline_of(rows[tag])) or next(iter(rows.values())))[0].get("options") or {}
     leave = ("strategy", "tag", "seed", "seeds", "strategies", "compare", "overwrite", "save_dir", "debug", "device")
     return {k: v for k, v in ours.items() if k in base and base[k] != v and k not in leave}
 
@@ -142,7 +150,7 @@ def markdown(rows: dict[str, list[dict]], unfinished: list[str]) -> str:
         for tag, group in rows.items():
             cells = [tag, str(len(group))] + [_cell([c.of(run) for run in group], c.digits) for c in columns]
             if paired:
-                cells.append(_cell(paired_differences(rows, tag), 2) if tag != BASELINE else "0")
+                cells.append(_cell(paired_differences(rows, tag), 2) if tag != baseline_of(group) else "0")
             lines.append(cells)
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         parts.append(f"\n**{title}**\n\n{table}")
@@ -172,7 +180,21 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
             lines.append(f"**careful**: not all runs have the same {key}; compare times and memory within one only")
     if len({tuple(run.get("seed") for run in group) for group in rows.values()}) > 1:
         lines.append("**careful**: not all rows have the same seeds; the paired difference uses those that both have")
+    lines += [
+        f"**careful**: there is no row {base} to compare with"
+        for base in sorted({baseline_of(group) for group in rows.values()} - rows.keys())
+    ]
+    lines += [
+        f"**careful**: the runs of {tag} do not have the same settings" for tag, group in rows.items() if _mixed(group)
+    ]
     return lines + [f"**missing**: {name} is not finished" for name in unfinished]
+
+
+def _mixed(group: list[dict]) -> bool:
+    """Whether runs of one row differ in more than the seed and where they lie."""
+    leave = ("seed", "seeds", "strategies", "compare", "overwrite", "save_dir", "debug", "device", "data_folder")
+    settings = [{k: v for k, v in (run.get("options") or {}).items() if k not in leave} for run in group]
+    return any(other != settings[0] for other in settings)
 
 
 def _record(tag: str, group: list[dict], rows: dict[str, list[dict]]) -> dict[str, object]:

@@ -6,6 +6,32 @@ from dataclasses import dataclass
 from utils.errors import OptionError
 
 EXAMPLE = "full,expansive,expansive:es_ratio=0.5"
+# What all entries share: the scene, where runs lie, and what makes several runs.
+SHARED = frozenset(
+    [
+        "strategy",
+        "strategies",
+        "compare",
+        "seed",
+        "seeds",
+        "tag",
+        "config",
+        "demo",
+        "demo_resolution",
+        "multi_data",
+        "nerf_dataset",
+        "nerf_scene",
+        "data_folder",
+        "save_dir",
+        "up_folder_name",
+        "overwrite",
+        "debug",
+        "device",
+        "render_only",
+        "ckpt",
+        "export_tensorf",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -26,13 +52,14 @@ class Variant:
     @property
     def tag(self) -> str:
         """A name for its runs' folder, for example expansive-es_ratio0.5."""
-        return "-".join([self.strategy, *(re.sub(r"[^\w.+,]", "", name + value) for name, value in self.changes)])
+        return "-".join([self.strategy, *(re.sub(r"[^\w.+,-]", "", name + value) for name, value in self.changes)])
 
 
 def parse_variants(text: str) -> list[Variant]:
     """The variants of a list. Raises OptionError if an entry is empty, malformed or there twice."""
     variants = [_parse(entry.strip()) for entry in re.split(r",(?![^\[]*\])", text)]
-    doubled = [variant.tag for number, variant in enumerate(variants) if variant in variants[:number]]
+    tags = [variant.tag for variant in variants]
+    doubled = [tag for number, tag in enumerate(tags) if tag in tags[:number]]
     if doubled:
         raise OptionError(f"--strategies: {doubled[0]} is there twice; keep one")
     return variants
@@ -43,7 +70,7 @@ def _parse(entry: str) -> Variant:
     if not strategy or not all(re.fullmatch(r"[A-Za-z]\w*(=.+)?", change) for change in changes):
         raise OptionError(f"--strategies: '{entry}' is no strategy; write for example {EXAMPLE}")
     pairs = [change.partition("=")[::2] for change in changes]
-    reserved = [name for name, _ in pairs if name in ("strategy", "strategies", "compare", "seed", "seeds", "tag")]
+    reserved = [name for name, _ in pairs if name in SHARED]
     if reserved:
         raise OptionError(f"--strategies: '{entry}': {reserved[0]} cannot be changed here; give it as --{reserved[0]}")
     return Variant(strategy, tuple(pairs))

@@ -94,13 +94,13 @@ def _cpu() -> str:
 
 def _cache_folder() -> Path:
     """A folder for the library: the user's cache, or a temporary one if that cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "expansive-supervision"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "expansive-supervision"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:  # a home that is read-only or not there
+    except (OSError, RuntimeError):  # a home that is read-only, not there or unknown
         pass
     return Path(tempfile.mkdtemp(prefix="expansive-supervision-"))
 
