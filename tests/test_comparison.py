@@ -127,6 +127,29 @@ def test_results_without_stages_curves_and_pictures_still_make_a_comparison(tmp_
     assert not (made / "views.png").exists()
 
 
+def test_runs_of_the_cp_decomposition_have_a_baseline_of_their_own(tmp_path):
+    for tag, psnr, model in (
+        ("full", 33.0, "TensorVMSplit"),
+        ("full_cp", 30.0, "TensorCP"),
+        ("egra_cp", 31.0, "TensorCP"),
+    ):
+        folder = tmp_path / tag / "seed1"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(result(tag.split("_")[0], 1, psnr, model_name=model)))
+    rows = rows_by_tag(collect_results(tmp_path))
+    assert list(rows) == ["full", "full_cp", "egra_cp"]
+    assert paired_differences(rows, "egra_cp") == pytest.approx([1.0])
+    assert "no row" not in markdown(rows, [])
+    del rows["full_cp"]
+    assert "there is no row full_cp to compare with" in markdown(rows, [])
+
+
+def test_seeds_of_one_row_with_other_settings_are_warned_of(scene):
+    path = scene / "full" / "seed2" / "results.json"
+    path.write_text(json.dumps(result("full", 2, options={"strategy": "full", "batch_size": 65, "es_ratio": 1.0})))
+    assert "the runs of full do not have the same settings" in (write_comparison(scene) / "table.md").read_text()
+
+
 def test_a_damaged_result_is_left_out_with_a_warning(scene):
     (scene / "egra" / "seed1" / "results.json").write_text("{")
     with pytest.warns(UserWarning, match=r"egra.*seed1.*results\.json"):

@@ -241,6 +241,14 @@ def test_walkers_at_the_corners_of_their_range_are_the_corner_pixels():
     assert corner.tolist() == [[1.0, 1.0]]
 
 
+def test_a_walker_with_a_loss_that_is_no_number_is_reborn_on_a_kept_pixel():
+    sampler = build("soft", kept=KEPT, batch_size=30)
+    pixels = sampler.sample(0)
+    pixels.xy.grad = torch.full((30, 2), float("nan"))
+    sampler.update(pixels, torch.full((30,), float("nan")), 0)
+    assert KEPT[flat(sampler.sample(1), SCENE)].all()
+
+
 def test_walkers_drift_up_the_gradient():
     sampler = build("soft", "--soft_mining_b", "0", batch_size=30)
     sampler._position = torch.full((30, 2), 0.5)

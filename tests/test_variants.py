@@ -30,11 +30,32 @@ def test_a_list_is_taken_apart_outside_brackets():
         ("full:batch_size=", "is no strategy"),
         ("full,egra,full", "full is there twice"),
         ("full:seed=3", "give it as --seed"),
+        ("full:nerf_scene=chair", "give it as --nerf_scene"),
+        ("expansive:save_dir=elsewhere", "give it as --save_dir"),
+        ("full:lr_init=1,full:lr_init=!1", "is there twice"),
     ],
 )
 def test_malformed_lists_are_refused(text, says):
     with pytest.raises(OptionError, match=says):
         parse_variants(text)
+
+
+def test_tags_keep_signs_and_points():
+    variants = parse_variants("full:L1_weight_inital=2e-5,full:density_shift=-10,full:density_shift=10")
+    assert [v.tag for v in variants] == ["full-L1_weight_inital2e-5", "full-density_shift-10", "full-density_shift10"]
+
+
+def test_the_readmes_rows_are_named_as_the_runs_are():
+    from benchmarks.readme_tables import ASKED_FIRST, FEWER_RAYS, MAIN
+
+    entries = "full,egra,soft:soft_mining_grad=viewdir,soft,expansive,expansive:es_ratio=0.5,full:batch_size=512,"
+    entries += "expansive:es_normalize,full:L1_weight_inital=2e-5:L1_weight_rest=1e-5,full:batch_size=1535"
+    assert {*MAIN, *FEWER_RAYS, *ASKED_FIRST} == {v.tag for v in parse_variants(entries)}
+
+
+def test_a_control_changes_what_its_entry_changes_besides():
+    plan = planned("--compare", "--strategies", "expansive:es_ratio=0.5:lr_init=0.1:lamda_a=2", "--batch_size", "100")
+    assert [(o.strategy, o.batch_size, o.lr_init) for o in plan] == [("expansive", 100, 0.1), ("full", 50, 0.1)]
 
 
 def planned(*arguments):
