@@ -29,7 +29,7 @@ def anchor_pixels(grey: np.ndarray, search: str, generator: np.random.Generator)
 def source_factor(step: int, n_iters: int) -> float:
     """c(t) = c0 + (1 - c0) t/T with c0 = (1 - alpha)/alpha: sources stand for all non-anchors at first."""
     first = (1 - ALPHA) / ALPHA
-    return first + (1 - first) * step / n_iters
+    return first + (1 - first) * min(step / n_iters, 1.0)
 
 
 def group_weights(n_anchors: int, n_sources: int, lamda_a: float, lamda_s: float, c: float) -> tuple[float, float]:
