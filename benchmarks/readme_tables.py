@@ -85,15 +85,23 @@ def lego200() -> str:
     return table(head, rows, reports)
 
 
+def exact_step_memory(tag: str, stage: str) -> str:
+    """An entry's step memory in a stage by torch's own allocations (benchmarks/step_memory.py), mean over seeds, MB."""
+    runs = json.loads((RESULTS / "step_memory.json").read_text())["runs"]
+    own = [run[f"{stage}_mb"] for run in runs if run["run"].startswith(f"{tag}/")]
+    return f"{statistics.fmean(own):.1f}" if own else "n/a"
+
+
 def fewer_rays() -> str:
     """es_ratio 0.5 on lego200 and its control."""
     reports = lego200_reports(FEWER_RAYS)
     head = ["run", "rays", "test PSNR, dB", "to full", "density lookups a step: before mask", "after"]
-    head += ["step MB: before mask", "after", "train s"]
+    head += ["step MB, tensors: before mask", "after", "resident: before mask", "after", "train s"]
     rows = []
     for r in reports:
         runs = r["runs"]
         cells = [mean(runs, "stages", s, "live_samples") for s in ("before_mask", "after_mask")]
+        cells += [exact_step_memory(r["tag"], s) for s in ("before_mask", "after_mask")]
         cells += [mean(runs, "stages", s, "step_memory_mb") for s in ("before_mask", "after_mask")]
         rows.append([r["tag"], mean(runs, "rays_per_step"), *psnr_cells(r, reports[0]), *cells])
         rows[-1].append(mean(runs, "train_seconds"))
