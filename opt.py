@@ -248,7 +248,7 @@ OPTIONS = {
         Option("export_mesh", SWITCH, 0, "1: write the density's surface as mesh.ply"),
         Option("export_tensorf", PATH, None, "write the field as a TensoRF checkpoint to this file"),
         Option("ckpt", PATH, None, "checkpoint to start from; default: the run's own last one"),
-        Option("lpips_weights", PATH, None, "folder with the LPIPS backbones, where they cannot be downloaded"),
+        Option("lpips_weights", PATH, None, "folder with the LPIPS backbones, where they are not in torch's cache"),
         Option("progress_refresh_rate", whole(1), 10, "steps between updates of the progress bar and the log"),
         Option("save_every", whole(1), 1000, "steps between checkpoints"),
         Option("eval_chunk", whole(1), 8192, "rays rendered at once in evaluations"),

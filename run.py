@@ -21,11 +21,11 @@ from utils.errors import OptionError, SceneError, UserError
 from utils.variants import Variant, parse_variants
 
 CONFIG = str(REPOSITORY / "configs/lego.txt")
-# Whoever names one of these chooses the scene anew, and CONFIG stays out of it.
 STRATEGIES = "full,egra,soft,expansive"
 EXPANSIVE_ONLY = frozenset(
     ["es_ratio", "es_beta_a", "es_search", "es_normalize", "lamda_a", "lamda_s", "a_s_add", "use_mse", "batch_size"]
 )
+# Whoever names one of these chooses the scene anew, and CONFIG stays out of it.
 CHOOSES_SCENE = ("--config", "--nerf_dataset", "--demo")
 
 

@@ -65,7 +65,7 @@ def table(head: list[str], rows: list[list[str]], reports: list[dict]) -> str:
 def lego200() -> str:
     """The four strategies on lego200, beside the reference."""
     reports = lego200_reports(MAIN)
-    head = ["strategy", "test PSNR, dB: mean +- std (seeds)", "to full", "reference, dB", "SSIM", "LPIPS alex"]
+    head = ["strategy", "rays", "test PSNR, dB: mean +- std (seeds)", "to full", "reference, dB", "SSIM", "LPIPS alex"]
     head += ["train s", "sampler ms", "step MB"]
     rows = []
     for r in reports:
@@ -73,6 +73,7 @@ def lego200() -> str:
         rows.append(
             [
                 r["tag"].replace("-soft_mining_gradviewdir", " `--soft_mining_grad viewdir`"),
+                mean(r["runs"], "rays_per_step"),
                 *psnr_cells(r, reports[0]),
                 reference,
                 mean(r["runs"], "ssim", digits=4),

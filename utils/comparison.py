@@ -66,10 +66,12 @@ WORK = (
 )
 TABLES = {"Quality and time": QUALITY, "Milliseconds a step by phase": TIME, "Memory": MEMORY, "Work a step": WORK}
 SAME = ("device", "torch", "commit", "kernels")
+# Options that must agree before a difference in PSNR says something about the strategies.
+PROTOCOL = ("n_iters", "test_every", "downsample_train", "demo_resolution")
 
 READING = """
 PSNR, SSIM and LPIPS are means over all scored test views; +- is the standard deviation over seeds (n - 1).
-`PSNR - full` is the mean, over the seeds that both have, of the difference to `full` with the same seed.
+Rows are all finished runs of the scene. `PSNR - full` is the mean, over the seeds that both have, of the difference to `full` with the same seed.
 Seconds are whole training steps, without evaluations. MB are 2^20 bytes; on a CPU, growth of resident memory.
 The mask is the alpha mask: before its first update a ray is looked up along all of its way through the box, after
 the last growth of the field only where there is something.
@@ -184,6 +186,11 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
         f"**careful**: there is no row {base} to compare with"
         for base in sorted({baseline_of(group) for group in rows.values()} - rows.keys())
     ]
+    for tag in rows:
+        other = {k: v for k, v in changed_settings(rows, tag).items() if k in PROTOCOL}
+        if other:
+            told = ", ".join(f"{k} = {v}" for k, v in other.items())
+            lines.append(f"**careful**: {tag} ran under another protocol ({told}): its differences are not a strategy's")
     lines += [
         f"**careful**: the runs of {tag} do not have the same settings" for tag, group in rows.items() if _mixed(group)
     ]

@@ -98,7 +98,7 @@ def _draw_curves(axes, rows: dict[str, list[dict]], key: str) -> None:
             spread = y.std(0, ddof=1)
             axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         drawn = True
-    axes.set_ylabel("test PSNR, dB")
+    axes.set_ylabel("test PSNR, dB (the --N_vis views)")
     axes.grid(alpha=0.3)
     if not drawn:
         axes.set_title("no evaluations in between (--vis_every)")
