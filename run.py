@@ -8,12 +8,16 @@ python run.py --compare --seeds 3                   all four strategies, then ta
 python run.py --strategies full,expansive:es_ratio=0.5   strategies with settings of their own
 """
 
+import os
+import signal
 import sys
+import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from opt import REPOSITORY, parse_options
@@ -211,8 +215,18 @@ def train_one(options: Namespace) -> None:
 def train_isolated(options: Namespace) -> None:
     """The same in a process of its own; what it raises is raised."""
     # spawn: a fork would inherit the parent's threads in whatever state they are.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         pool.submit(train_one, options).result()
+
+
+def end_with_parent() -> None:
+    """In a child process: end it when its parent is gone, killed perhaps; nobody else would."""
+
+    def watch() -> None:
+        wait([parent_process().sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def tell_comparison(options: Namespace, scene: str) -> None:

@@ -71,7 +71,7 @@ def test_later_words_on_the_command_line_win():
 @pytest.mark.parametrize("words", [["--demo"], ["--nerf_dataset", "demo"], ["--config", "configs/lego.txt", "--demo"]])
 def test_demo_needs_no_scene_and_names_its_own(words):
     options = parse_options(words)
-    assert (options.demo, options.nerf_dataset, options.nerf_scene) == (True, "demo", "shapes_200")
+    assert (options.demo, options.nerf_dataset, options.nerf_scene) == (True, "demo", "shapes_160")
     assert parse_options([*words, "--demo_resolution", "64"]).nerf_scene == "shapes_64"
 
 

@@ -82,7 +82,7 @@ def test_the_standard_experiment_is_the_active_one(monkeypatch, trained):
         (["--nerf_dataset=nsvf", "--nerf_scene=Bike"], "nsvf", "Bike", 30000),
         (["--config", "configs/flower.txt"], "llff", "flower", 30000),
         (["--config=configs/tensorf/llff.txt", "--nerf_scene", "room"], "llff", "room", 25000),
-        (["--demo", "--n_iters", "3"], "demo", "shapes_200", 3),
+        (["--demo", "--n_iters", "3"], "demo", "shapes_160", 3),
     ],
 )
 def test_arguments_are_passed_on_and_win(monkeypatch, trained, arguments, dataset, scene, n_iters):
@@ -141,7 +141,7 @@ def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monke
 
 def test_the_demo_has_one_scene_even_with_multi_data(monkeypatch, trained, scenes):
     assert start(monkeypatch, "--demo", "--multi_data") == 0
-    assert [options.nerf_scene for options in trained.runs] == ["shapes_200"]
+    assert [options.nerf_scene for options in trained.runs] == ["shapes_160"]
 
 
 def test_a_user_error_ends_in_one_line_and_code_2(monkeypatch, trained, capsys):

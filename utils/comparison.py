@@ -71,7 +71,8 @@ PROTOCOL = ("n_iters", "test_every", "downsample_train", "demo_resolution")
 
 READING = """
 PSNR, SSIM and LPIPS are means over all scored test views; +- is the standard deviation over seeds (n - 1).
-Rows are all finished runs of the scene. `PSNR - full` is the mean, over the seeds that both have, of the difference to `full` with the same seed.
+Rows are all finished runs of the scene. `PSNR - full` is the mean, over the seeds that both have, of the difference
+to `full` with the same seed.
 Seconds are whole training steps, without evaluations. MB are 2^20 bytes; on a CPU, growth of resident memory.
 The mask is the alpha mask: before its first update a ray is looked up along all of its way through the box, after
 the last growth of the field only where there is something.
@@ -190,7 +191,9 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
         other = {k: v for k, v in changed_settings(rows, tag).items() if k in PROTOCOL}
         if other:
             told = ", ".join(f"{k} = {v}" for k, v in other.items())
-            lines.append(f"**careful**: {tag} ran under another protocol ({told}): its differences are not a strategy's")
+            lines.append(
+                f"**careful**: {tag} ran under another protocol ({told}), which its differences hold too"
+            )
     lines += [
         f"**careful**: the runs of {tag} do not have the same settings" for tag, group in rows.items() if _mixed(group)
     ]
