@@ -58,7 +58,9 @@ def psnr_cells(report: dict, base: dict) -> list[str]:
 def table(head: list[str], rows: list[list[str]], reports: list[dict]) -> str:
     """A markdown table and where its figures come from."""
     lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-    facts = {key: ", ".join(dict.fromkeys(report[key] for report in reports)) for key in ("device", "torch", "commit")}
+    facts = {}
+    for key in ("device", "torch", "commit"):
+        facts[key] = ", ".join(dict.fromkeys(run[key] for report in reports for run in report.get("runs", [report])))
     return "\n".join([*lines, "", f"({facts['device']}, torch {facts['torch']}, commit {facts['commit']})"])
 
 

@@ -231,7 +231,7 @@ def test_curves_are_thinned_out_and_keep_the_last_point(tmp_path):
 
 
 def test_a_row_of_another_protocol_is_pointed_out():
-    runs = [result(options={"n_iters": 40}), result("egra", options={"n_iters": 20})]
+    runs = [result(tag="full", options={"n_iters": 40}), result("egra", tag="egra", options={"n_iters": 20})]
     text = markdown(rows_by_tag(runs), [])
     assert "egra ran under another protocol (n_iters = 20)" in text
     assert "another protocol" not in markdown(rows_by_tag(runs[:1]), [])

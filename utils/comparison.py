@@ -191,9 +191,7 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
         other = {k: v for k, v in changed_settings(rows, tag).items() if k in PROTOCOL}
         if other:
             told = ", ".join(f"{k} = {v}" for k, v in other.items())
-            lines.append(
-                f"**careful**: {tag} ran under another protocol ({told}), which its differences hold too"
-            )
+            lines.append(f"**careful**: {tag} ran under another protocol ({told}), which its differences hold too")
     lines += [
         f"**careful**: the runs of {tag} do not have the same settings" for tag, group in rows.items() if _mixed(group)
     ]
