@@ -665,6 +665,6 @@ class Trainer:
             "device": device_name(self.device),
             "torch": torch.__version__,
             "commit": git_commit(),
-            "kernels": self.field.kernels_name,
+            "kernels": self.field.kernels.name,
             "options": resolved_dict(o),
         }

@@ -65,5 +65,5 @@ def after_mask(device: torch.device | str = "cpu", seed: int = 0) -> Field:
     field.set_geometry(field.aabb, GRID)
     update_alpha_mask(field, GRID)
     field.to(device)
-    field.select_lookups()
+    field.select_kernels()
     return field

@@ -6,6 +6,9 @@ w = alpha*T its weight. Eq. 1 of TensoRF (arXiv:2203.09517), discretised as in N
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
+
+from components.marching import Samples
 
 # Added to 1 - alpha, as in the reference: an opaque sample leaves a trace of light, and log stays finite.
 _LIGHT_LEFT = 1e-10
@@ -59,3 +62,25 @@ def segmented_weights(alpha: Tensor, ray: Tensor, n_rays: int) -> Tensor:
     if alpha.shape[0] == 0:
         return alpha
     return _SegmentedWeights.apply(alpha, ray, n_rays)
+
+
+def ray_weights(feature: Tensor, samples: Samples, activation: str, shift: float, scale: float) -> Tensor:
+    """Weights w [K] of samples from their density features [K].
+
+    sigma = softplus(feature + shift), or relu(feature) where `activation` is not "softplus"; its unit is
+    1/(samples.delta * scale).
+    """
+    sigma = softplus(feature + shift) if activation == "softplus" else torch.relu(feature)
+    return segmented_weights(alpha_from_density(sigma, samples.delta * scale), samples.ray, samples.n_rays)
+
+
+def composite(weights: Tensor, samples: Samples, coloured: Tensor, colour: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rgb [B, 3] in front of nothing, opacity [B], sum of w*t [B] without gradient) of samples' weights [K].
+
+    coloured: [Kc] int64, ascending, the samples that have a colour; colour: [Kc, 3].
+    """
+    ray, n_rays = samples.ray, samples.n_rays
+    opacity = segment_sum(weights, ray, n_rays)
+    rgb = segment_sum(weights[coloured][:, None] * colour, ray[coloured], n_rays)
+    distance = segment_sum(weights.detach() * samples.t.detach(), ray, n_rays)
+    return rgb, opacity, distance

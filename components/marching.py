@@ -8,8 +8,8 @@ candidates as fit between its entry into the box and its exit. The candidates' t
 same expressions in the same order as in the dense renderer, so both keep exactly the same samples.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,18 +20,31 @@ from components.types import Rays
 _CANDIDATES, _OTHER_CANDIDATES = {"cpu": 1 << 15}, 1 << 24
 
 
+class Mask(Protocol):
+    """What marching needs of an alpha mask."""
+
+    def occupied(self, xyz: Tensor) -> Tensor:
+        """[N] bool for world points [N, 3]."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """Live samples, ordered by ray, then by t.
 
     ray: [K] int64; t: [K] ray parameter; delta: [K] distance to the ray's next sample number (0 for the last
-    one), in t; xyz: [K, 3] world position.
+    one), in t; xyz: [K, 3] world position; offsets: [B + 1] int64, where each ray's samples begin (and end).
     """
 
     ray: Tensor
     t: Tensor
     delta: Tensor
     xyz: Tensor
+    offsets: Tensor
+
+    @property
+    def n_rays(self) -> int:
+        """B."""
+        return self.offsets.shape[0] - 1
 
     def __len__(self) -> int:
         return self.ray.shape[0]
@@ -67,6 +80,11 @@ def expand_counts(counts: Tensor) -> tuple[Tensor, Tensor]:
     return ray, torch.arange(ray.shape[0], device=counts.device) - first[ray]
 
 
+def ray_offsets(ray: Tensor, n_rays: int) -> Tensor:
+    """[B + 1] int64: where each ray's samples begin in the ordered `ray` [K]; the last entry is K."""
+    return torch.searchsorted(ray, torch.arange(n_rays + 1, device=ray.device))
+
+
 def march_box(
     rays: Rays,
     aabb: Tensor,
@@ -75,12 +93,12 @@ def march_box(
     step: float,
     n_samples: int,
     jitter: Tensor | None = None,
-    occupied: Callable[[Tensor], Tensor] | None = None,
+    mask: Mask | None = None,
 ) -> Samples:
     """Samples at t_k = t_enter + step*(k + u) inside aabb [2, 3]; t_enter is clamped to [near, far].
 
-    step: world units. jitter: u [B, 1] in [0, 1), one number a ray; None means 0. occupied: xyz [N, 3] -> [N] bool,
-    the alpha mask. Positions are differentiable in the rays; which samples live is not.
+    step: world units. jitter: u [B, 1] in [0, 1), one number a ray; None means 0. Positions are differentiable in the
+    rays; which samples live is not.
     """
     t_enter, t_exit = box_intersection(rays, aabb)
     t_enter = t_enter.clamp(near, far)
@@ -97,8 +115,8 @@ def march_box(
             k = k.to(t_enter.dtype)
             t, xyz = place(ray, k)
             live = inside_box(xyz, aabb)
-            if occupied is not None:
-                live &= occupied(xyz)
+            if mask is not None:
+                live &= mask.occupied(xyz)
             index = live.nonzero()[:, 0]
             kept.append((ray[index], k[index], t[index], xyz[index]))
         ray, k, t, xyz = (torch.cat(parts) for parts in zip(*kept, strict=True))
@@ -106,7 +124,8 @@ def march_box(
         t, xyz = place(ray, k)
     following = k + 1 if jitter is None else k + 1 + jitter[ray, 0]
     delta = t_enter.detach()[ray] + step * following - t.detach()
-    return Samples(ray, t, torch.where(k < n_samples - 1, delta, torch.zeros_like(delta)), xyz)
+    delta = torch.where(k < n_samples - 1, delta, torch.zeros_like(delta))
+    return Samples(ray, t, delta, xyz, ray_offsets(ray, len(rays)))
 
 
 def march_ndc(
@@ -116,7 +135,7 @@ def march_ndc(
     far: float,
     n_samples: int,
     jitter: Tensor | None = None,
-    occupied: Callable[[Tensor], Tensor] | None = None,
+    mask: Mask | None = None,
 ) -> Samples:
     """Samples evenly spaced in [near, far] of NDC, those inside aabb [2, 3].
 
@@ -136,13 +155,13 @@ def march_ndc(
             x = rays.origins[:, axis, None] + rays.directions[:, axis, None] * rows
             live &= (x >= aabb[0, axis]) & (x <= aabb[1, axis])
         ray, k = live.nonzero().unbind(1)
-        if occupied is not None:
+        if mask is not None:
             t = rows[ray, k]
-            kept = occupied(rays.origins[ray] + rays.directions[ray] * t[:, None]).nonzero()[:, 0]
+            kept = mask.occupied(rays.origins[ray] + rays.directions[ray] * t[:, None]).nonzero()[:, 0]
             ray, k = ray[kept], k[kept]
     t = t_row.expand(n_rays, n_samples)[ray, k]
     xyz = rays.origins[ray] + rays.directions[ray] * t[:, None]
     xyz = xyz.detach() if rays.detach_samples else xyz
     length = torch.linalg.vector_norm(rays.directions, dim=-1)
     delta = delta_row.expand(n_rays, n_samples)[ray, k] * length[ray]
-    return Samples(ray, t, delta, xyz)
+    return Samples(ray, t, delta, xyz, ray_offsets(ray, n_rays))

@@ -22,7 +22,7 @@ def build_field(config: FieldConfig, aabb: Tensor, grid_size: tuple[int, int, in
         torch.default_generator.manual_seed(seed_for(seed, "field"))
         field = MODELS[config.model_name](config, aabb.cpu(), grid_size)
     field.to(aabb.device)
-    field.select_lookups()
+    field.select_kernels()
     return field
 
 
@@ -49,5 +49,5 @@ def restore_field(state: dict, device: torch.device | str) -> Field:
     if mask is not None:
         field.alpha_mask = AlphaMask(mask["volume"], mask["aabb"])
     field.to(device)
-    field.select_lookups()
+    field.select_kernels()
     return field

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from components.compositing import alpha_from_density, segment_sum, segmented_weights
 from components.grids import evaluation_samples, step_length
-from components.marching import Samples, march_box, march_ndc
+from components.marching import Samples, march_ndc
 from components.types import Rays, RenderOutput
 from models import kernels
 from models.alpha_mask import AlphaMask
@@ -47,11 +46,11 @@ class Field(nn.Module):
         self.renderModule = build_shading(
             config.shading, config.n_features, config.view_pe, config.fea_pe, config.pos_pe, config.hidden
         )
-        self.select_lookups()
+        self.select_kernels()
 
-    def select_lookups(self) -> None:
-        """Choose the lookups that suit the device on which the parameters lie."""
-        self.kernels_name, self.lookups = kernels.select(self.aabb.device)
+    def select_kernels(self) -> None:
+        """Choose the kernels that suit the device on which the parameters lie."""
+        self.kernels = kernels.select(self.aabb.device)
 
     def build_factors(self) -> None:
         """Create the factors for `self.grid_size`."""
@@ -108,10 +107,10 @@ class Field(nn.Module):
     def march(self, rays: Rays, jitter: Tensor | None, n_samples: int) -> Samples:
         """Live samples of the rays: in the box and in the alpha mask."""
         c = self.config
-        occupied = self.alpha_mask.occupied if self.alpha_mask is not None else None
         if c.ndc:
-            return march_ndc(rays, self.aabb, c.near, c.far, n_samples, jitter, occupied)
-        return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, occupied)
+            return march_ndc(rays, self.aabb, c.near, c.far, n_samples, jitter, self.alpha_mask)
+        march_box = self.kernels.rendering.march_box
+        return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, self.alpha_mask)
 
     def render(
         self, rays: Rays, background: Tensor | float, jitter: Tensor | None = None, n_samples: int | None = None
@@ -121,23 +120,19 @@ class Field(nn.Module):
         background: colour behind the scene, scalar, [3] or [B, 3]. jitter: u [B, 1] (NDC: [B or 1, S]) in [0, 1);
         None for evaluation. n_samples: S, at most that many samples a ray; default: the test-time count.
         """
-        n_rays, c = len(rays), self.config
+        c, rendering = self.config, self.kernels.rendering
         samples = self.march(rays, jitter, n_samples or self.n_samples)
         position = self.normalise(samples.xyz)
-        sigma = self.density(self.density_feature(position))
-        alpha = alpha_from_density(sigma, samples.delta * c.distance_scale)
-        weights = segmented_weights(alpha, samples.ray, n_rays)
+        feature = self.density_feature(position)
+        weights = rendering.ray_weights(feature, samples, c.density_activation, c.density_shift, c.distance_scale)
         coloured = (weights > c.weight_threshold).nonzero()[:, 0]
-        ray = samples.ray[coloured]
         view = rays.directions
         if c.ndc:
             view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
-        colour = self.colours(position[coloured], view, ray)
-        opacity = segment_sum(weights, samples.ray, n_rays)
-        rgb = segment_sum(weights[coloured][:, None] * colour, ray, n_rays)
+        colour = self.colours(position[coloured], view, samples.ray[coloured])
+        rgb, opacity, distance = rendering.composite(weights, samples, coloured, colour)
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
-        with torch.no_grad():
-            depth = segment_sum(weights * samples.t, samples.ray, n_rays) + (1.0 - opacity) * c.far
+        depth = distance + (1.0 - opacity.detach()) * c.far
         return RenderOutput(rgb, opacity, depth, len(samples), coloured.shape[0])
 
     def colours(self, position: Tensor, view: Tensor, ray: Tensor) -> Tensor:

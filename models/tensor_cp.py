@@ -21,10 +21,10 @@ class TensorCP(Field):
         return nn.ParameterList(factor(_INITIAL_SCALE * torch.randn(1, count, self.grid_size[w], 1)) for w in LINE_AXES)
 
     def density_feature(self, xyz: Tensor) -> Tensor:
-        return self.lookups.cp_density(list(self.density_line), xyz)
+        return self.kernels.lookups.cp_density(list(self.density_line), xyz)
 
     def appearance_feature(self, xyz: Tensor) -> Tensor:
-        return self.lookups.cp_appearance(list(self.app_line), self.basis_mat.weight, xyz)
+        return self.kernels.lookups.cp_appearance(list(self.app_line), self.basis_mat.weight, xyz)
 
     def density_factors(self) -> tuple[list[Tensor], list[Tensor]]:
         return [], list(self.density_line)

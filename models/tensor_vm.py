@@ -26,10 +26,10 @@ class TensorVMSplit(Field):
         return planes, lines
 
     def density_feature(self, xyz: Tensor) -> Tensor:
-        return self.lookups.vm_density(list(self.density_plane), list(self.density_line), xyz)
+        return self.kernels.lookups.vm_density(list(self.density_plane), list(self.density_line), xyz)
 
     def appearance_feature(self, xyz: Tensor) -> Tensor:
-        return self.lookups.vm_appearance(list(self.app_plane), list(self.app_line), self.basis_mat.weight, xyz)
+        return self.kernels.lookups.vm_appearance(list(self.app_plane), list(self.app_line), self.basis_mat.weight, xyz)
 
     def density_factors(self) -> tuple[list[Tensor], list[Tensor]]:
         return list(self.density_plane), list(self.density_line)

@@ -67,7 +67,7 @@ def from_tensorf(state: dict, device: torch.device | str, ndc: bool, path: str =
             f"{path} is not a complete TensoRF checkpoint ({type(error).__name__}: {reason})"
         ) from error
     field.to(device)
-    field.select_lookups()
+    field.select_kernels()
     return field
 
 

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 def on(device, model, ndc, masked=True, seed=0, n=500):
     field = random_field(seed, model, ndc, masked).to(device)
-    field.select_lookups()
+    field.select_kernels()
     rays = random_rays(seed, n, ndc)
     return field, Rays(rays.origins.to(device), rays.directions.to(device))
 

@@ -213,9 +213,9 @@ def test_values_fade_over_one_cell_beyond_the_border_and_are_zero_from_there(mod
 def test_both_backends_offer_the_same_functions_and_the_choice_is_named():
     names = {"vm_density", "vm_appearance", "cp_density", "cp_appearance"}
     assert all(hasattr(backend, name) for backend in (gather_lookups, torch_lookups) for name in names)
-    name, lookups = select(torch.device("cpu"))
-    assert name
-    assert all(hasattr(lookups, function) for function in names)
+    chosen = select(torch.device("cpu"))
+    assert chosen.name
+    assert all(hasattr(chosen.lookups, function) for function in names)
 
 
 # --- compiled ---
@@ -259,8 +259,8 @@ def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(compiled
 def test_without_a_compiler_torchs_lookups_serve_and_one_line_says_so(monkeypatch, capsys):
     compiled_lookups.library.cache_clear()
     monkeypatch.setattr(compiled_lookups, "COMPILERS", ("no-such-compiler",))
-    assert select(torch.device("cpu")) == ("torch-gather", gather_lookups)
-    assert select(torch.device("cpu")) == ("torch-gather", gather_lookups)
+    assert select(torch.device("cpu")).lookups is gather_lookups
+    assert select(torch.device("cpu")).name == "torch-gather"
     assert capsys.readouterr().out.count("no-such-compiler") == 1
     compiled_lookups.library.cache_clear()
 

@@ -1,19 +1,31 @@
-"""Factor lookups, the field's hot spot, behind one name each.
+"""The renderer's hot spots, each behind one name: lookups in the factors, marching, weights, compositing.
 
-`torch_lookups` (grid_sample) is the definition; `gather_lookups` is plain torch too and works on every device;
-`compiled_lookups` is C++ for CPUs, where there is a compiler. All offer the same four functions;
-tests/test_kernels.py holds them together. A faster backend is one more such module and a line in `select`.
+`torch_lookups` (grid_sample) and `torch_rendering` are the definition; `gather_lookups` is plain torch too and works on
+every device; `compiled_*` is C++ for CPUs, where there is a compiler. All lookups offer the same four functions, all
+renderings the same three; tests/test_kernels.py holds them together. A faster backend is two more such modules and a
+line in `select`.
 """
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from models.kernels import compiled_lookups, gather_lookups
+from models.kernels import compiled_lookups, gather_lookups, torch_rendering
 
 
-def select(device: torch.device) -> tuple[str, ModuleType]:
-    """(name for results.json, module with the lookups) of the best backend for `device`."""
+@dataclass(frozen=True)
+class Kernels:
+    """A backend. name: for results.json; lookups: vm_density, vm_appearance, cp_density, cp_appearance; rendering:
+    march_box, ray_weights, composite."""
+
+    name: str
+    lookups: ModuleType
+    rendering: ModuleType
+
+
+def select(device: torch.device) -> Kernels:
+    """The best backend for `device`."""
     if device.type == "cpu" and compiled_lookups.library() is not None:
-        return "cpu-compiled", compiled_lookups
-    return "torch-gather", gather_lookups
+        return Kernels("cpu-compiled", compiled_lookups, torch_rendering)
+    return Kernels("torch-gather", gather_lookups, torch_rendering)
