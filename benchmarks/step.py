@@ -9,6 +9,7 @@ the last line is `twin/fast before-mask R1 after-mask R2`, the ratios of the med
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -21,7 +22,9 @@ VARIANTS = ("packed", "twin")
 FIELDS = ("before", "after")
 
 
-def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_name: str) -> dict:
+def measure(
+    variant: str, field_name: str, n_rays: int, repeats: int, device_name: str, stack: contextlib.ExitStack
+) -> dict:
     """One variant on one field, in this process: milliseconds a step by phase (medians) and memory."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -29,6 +32,7 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     from benchmarks.fields import after_mask, before_mask, camera_rays
     from components.grids import training_samples
     from components.regularisers import L1Density
+    from models.kernels import threads
     from tests.reference import dense_render
     from utils.memory import MemoryMeter, tensors_mb
     from utils.optimizers import make_adam
@@ -44,6 +48,7 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     n_samples = training_samples(field.grid_size, field.config.step_ratio, 10**6)
     if variant == "packed":
         optimizer, render = make_adam(field.param_groups(0.02, 1e-3)), field.render
+        stack.enter_context(threads.taking_over())
     else:
         for parameter in field.parameters():  # the reference's layout
             parameter.data = parameter.data.contiguous()
@@ -123,7 +128,9 @@ def main() -> None:
     parser.add_argument("--field", choices=FIELDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
-        print(json.dumps(measure(options.variant, options.field, options.rays, options.repeats, options.device)))
+        with contextlib.ExitStack() as stack:
+            case = (options.variant, options.field, options.rays, options.repeats, options.device)
+            print(json.dumps(measure(*case, stack)))
         return
     if options.quick:
         options.repeats, options.rounds = 3, 1

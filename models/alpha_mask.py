@@ -34,11 +34,16 @@ class AlphaMask(nn.Module):
         z, y, x = (n - 1 for n in self.cells.shape)
         return x, y, z
 
+    @property
+    def scale(self) -> Tensor:
+        """[3]: world units to the box's [-1, 1]."""
+        return 1.0 / (self.aabb[1] - self.aabb[0]) * 2
+
     @torch.no_grad()
     def occupied(self, xyz: Tensor) -> Tensor:
         """[N] bool for world points xyz [N, 3]."""
         n = self.size
-        normalised = (xyz - self.aabb[0]) * (1.0 / (self.aabb[1] - self.aabb[0]) * 2) - 1
+        normalised = (xyz - self.aabb[0]) * self.scale - 1
         # The same expression as torch's grid_sample with aligned corners, so that cell borders agree.
         position = ((normalised + 1) / 2) * (n - 1)
         lower = position.floor()

@@ -6,19 +6,18 @@ Letters: B rays, K live samples, Kc coloured samples, xyz world positions. How i
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from torch.utils.checkpoint import checkpoint
 
 from components.grids import evaluation_samples, step_length
 from components.marching import Samples, march_ndc
 from components.types import Rays, RenderOutput
 from models import kernels
 from models.alpha_mask import AlphaMask
+from models.chunks import in_chunks
 from models.config import FieldConfig
 from models.shading import build_shading
 
 # Samples whose colours are computed at once: few on a CPU, whose cache they should fit; launches cost more on CUDA.
 _COLOUR_CHUNK, _OTHER_COLOUR_CHUNK = {"cpu": 1 << 10}, 1 << 18
-_RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
 
 
 def factor(values: Tensor) -> nn.Parameter:
@@ -143,12 +142,7 @@ class Field(nn.Module):
         """
 
         size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
-        parts = (values.split(size) for values in (self.appearance_feature(position), position, ray))
-
-        def shade(features: Tensor, position: Tensor, ray: Tensor) -> Tensor:
-            return self.renderModule(features, view[ray], position)
-
-        return torch.cat([checkpoint(shade, *part, **_RECOMPUTE) for part in zip(*parts, strict=True)])
+        return in_chunks(self.renderModule, size, self.appearance_feature(position), view[ray], position)
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:
         """u for `render`: one number a ray; in NDC one a sample number, shared by the step's rays."""

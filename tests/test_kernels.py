@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from models.kernels import compiled_lookups, gather_lookups, select, torch_lookups
+from models.kernels import compiled, compiled_lookups, gather_lookups, select, torch_lookups
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 
 DTYPES = [torch.float32, torch.float64]
@@ -78,7 +78,7 @@ def assert_equal_up_to_rounding(ours, definition, dtype):
 
 @pytest.fixture(params=["gather", "compiled"])
 def backend(request):
-    if request.param == "compiled" and compiled_lookups.library() is None:
+    if request.param == "compiled" and compiled.libraries() is None:
         pytest.skip("no compiler here")
     return {"gather": gather_lookups, "compiled": compiled_lookups}[request.param]
 
@@ -220,56 +220,56 @@ def test_both_backends_offer_the_same_functions_and_the_choice_is_named():
 
 # --- compiled ---
 @pytest.fixture
-def compiled(backend):
+def compiled_only(backend):
     if backend is not compiled_lookups:
         pytest.skip("about the compiled backend")
     return backend
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_compiled_gradients_of_points_equal_the_definition_in_single_precision(compiled, model):
+def test_compiled_gradients_of_points_equal_the_definition_in_single_precision(compiled_only, model):
     case = Case(model, 8, 3000, (9, 14, 6), (2, 17, 40))
     case.xyz.requires_grad_()
     case.leaves = [case.xyz, *case.leaves]
-    assert_equal_up_to_rounding(case.gradients(compiled), case.gradients(torch_lookups), torch.float32)
+    assert_equal_up_to_rounding(case.gradients(compiled_lookups), case.gradients(torch_lookups), torch.float32)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_the_number_of_threads_changes_no_bit_of_what_is_compiled(compiled, model, monkeypatch):
+def test_the_number_of_threads_changes_no_bit_of_what_is_compiled(compiled_only, model, monkeypatch):
     case = Case(model, 13, 9000, (9, 14, 6), (16, 48, 3))
     case.xyz.requires_grad_()
     case.leaves = [case.xyz, *case.leaves[:-1]]  # the basis is torch's own product
-    one = [case.outputs(compiled)[0], *case.gradients(compiled)]
+    one = [case.outputs(compiled_lookups)[0], *case.gradients(compiled_lookups)]
     for n_threads in (2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
-        several = [case.outputs(compiled)[0], *case.gradients(compiled)]
+        several = [case.outputs(compiled_lookups)[0], *case.gradients(compiled_lookups)]
         assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(compiled, value):
+def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(compiled_only, value):
     case = Case("VM", 14, 50, (9, 14, 6), (5, 8, 3))
     case.xyz[7, 1] = value
-    density, _ = case.outputs(compiled)
+    density, _ = case.outputs(compiled_lookups)
     others = torch.arange(50) != 7
     assert density[others].isfinite().all()
-    assert all(gradient.isfinite().all() for gradient in case.gradients(compiled)[:6]) or value != value
+    assert all(gradient.isfinite().all() for gradient in case.gradients(compiled_lookups)[:6]) or value != value
 
 
 def test_without_a_compiler_torchs_lookups_serve_and_one_line_says_so(monkeypatch, capsys):
-    compiled_lookups.library.cache_clear()
-    monkeypatch.setattr(compiled_lookups, "COMPILERS", ("no-such-compiler",))
+    compiled.libraries.cache_clear()
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     assert select(torch.device("cpu")).lookups is gather_lookups
     assert select(torch.device("cpu")).name == "torch-gather"
     assert capsys.readouterr().out.count("no-such-compiler") == 1
-    compiled_lookups.library.cache_clear()
+    compiled.libraries.cache_clear()
 
 
 def test_a_failing_compiler_is_reported_and_leaves_nothing_behind(monkeypatch, capsys, tmp_path):
-    compiled_lookups.library.cache_clear()
+    compiled.libraries.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled_lookups, "FLAGS", ("--no-such-flag",))
-    assert compiled_lookups.library() is None
+    monkeypatch.setattr(compiled, "FLAGS", ("--no-such-flag",))
+    assert compiled.libraries() is None
     assert "no-such-flag" in capsys.readouterr().out
     assert not list((tmp_path / "expansive-supervision").iterdir())
-    compiled_lookups.library.cache_clear()
+    compiled.libraries.cache_clear()

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from models.kernels import compiled_lookups, gather_lookups, torch_rendering
+from models.kernels import compiled_lookups, compiled_rendering, gather_lookups, torch_rendering
+from models.kernels.compiled import libraries
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,6 @@ class Kernels:
 
 def select(device: torch.device) -> Kernels:
     """The best backend for `device`."""
-    if device.type == "cpu" and compiled_lookups.library() is not None:
-        return Kernels("cpu-compiled", compiled_lookups, torch_rendering)
+    if device.type == "cpu" and libraries() is not None:
+        return Kernels("cpu-compiled", compiled_lookups, compiled_rendering)
     return Kernels("torch-gather", gather_lookups, torch_rendering)

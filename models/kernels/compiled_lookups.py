@@ -1,130 +1,41 @@
-"""Lookups in the factors, compiled from lookups.cpp for this CPU on first use.
+"""Lookups in the factors on a CPU, by lookups.cpp and this machine's threads.
 
-Equal to torch_lookups up to rounding, in single precision; anything else takes gather_lookups' way. The library is
-plain C called through ctypes, so building it needs a compiler (c++, g++ or clang++) and nothing of torch or Python;
-it is kept in the user's cache folder and built again when its source, the compiler or the CPU is another one.
+Equal to torch_lookups up to rounding, in single precision; anything else takes gather_lookups' way. The backward pass
+is deterministic for a given number of threads: points (CP) or bands of plane rows (VM) are shared out, and what several
+shares add up to is summed in their order.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from models.kernels import gather_lookups
+from models.kernels import gather_lookups, threads
+from models.kernels.compiled import libraries
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
-from utils.console import say
 
-SOURCE = Path(__file__).with_name("lookups.cpp")
-COMPILERS = ("c++", "g++", "clang++")
-# Sums may be reordered for vector instructions; NaN and infinity keep their meaning.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-fassociative-math", "-fno-signed-zeros")
-COMPILE_SECONDS = 300
-# Points whose products are held at once before they are multiplied by the basis; work too small to share out.
-_CHUNK, _ALONE, _BLOCK = 1 << 11, 1 << 10, 8
+# Points whose products are multiplied by the basis at once; points whose d loss / d products is held at once; work too
+# small to share out; every so many points are looked at to share out a plane's rows.
+_CHUNK, _BLOCK, _ALONE, _EVERY = 1 << 10, 1 << 14, 1 << 9, 16
 
 
 class _Table(ctypes.Structure):
-    _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("axes", ctypes.c_int32 * 2),
-        ("sizes", ctypes.c_int32 * 2),
-    )
+    _fields_ = (("values", ctypes.c_void_p), ("gradient", ctypes.c_void_p), ("axes", ctypes.c_int32 * 2))
 
 
 class _Group(ctypes.Structure):
     _fields_ = (("tables", _Table * 3), ("channels", ctypes.c_int64), ("offset", ctypes.c_int64))
 
 
-# --- building --------------------------------------------------------------------------------------------------------
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, built if it must be; None, and one line that says why, if it cannot be had."""
-    try:
-        path = _built()
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
-        say(f"the CPU lookups could not be compiled ({reason}): torch's serve, at about half the speed")
-        return None
-    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.products.argtypes = (pointer, pointer, flag, number, number, pointer, number, flag)
-    loaded.scatter.argtypes = (pointer, number, pointer, number, number, pointer, number, flag)
-    loaded.positions.argtypes = (pointer, pointer, flag, number, number, pointer, number, flag, pointer, pointer)
-    for function in (loaded.products, loaded.scatter, loaded.positions):
-        function.restype = None
-    return loaded
+def _library() -> ctypes.CDLL:
+    return libraries()["lookups"]
 
 
-def _built() -> Path:
-    """The library's file. Raises OSError without a compiler, SubprocessError if it fails."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise OSError(f"none of {', '.join(COMPILERS)} is installed")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    identity = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _cpu()])
-    path = _cache_folder() / f"lookups_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        say("compiling the CPU lookups (once, some seconds)")
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
-            os.replace(built, path)  # whole or not at all, whoever else is building it
-    return path
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return "\n".join([platform.machine(), platform.processor(), *[x for x in lines if x.startswith("flags")][:1]])
-
-
-def _cache_folder() -> Path:
-    """A folder for the library: the user's cache, or a temporary one if that cannot be written."""
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "expansive-supervision"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # a home that is read-only, not there or unknown
-        pass
-    return Path(tempfile.mkdtemp(prefix="expansive-supervision-"))
-
-
-# --- calling ---------------------------------------------------------------------------------------------------------
-@functools.cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="lookups")
-
-
-def _together(calls: Sequence[Callable[[], None]]) -> None:
-    """Run calls that do not touch each other's results, in as many threads as torch uses."""
-    if len(calls) == 1 or torch.get_num_threads() == 1:
-        for call in calls:
-            call()
-    else:
-        list(_pool(torch.get_num_threads()).map(lambda call: call(), calls))
-
-
-def _parts(first: int, last: int) -> list[tuple[int, int]]:
-    """first..last - 1 in as many parts as there are threads, one if they are few."""
-    n_parts = 1 if last - first <= _ALONE else torch.get_num_threads()
-    size = max(-(-(last - first) // n_parts), 1)
-    return [(start, min(start + size, last)) for start in range(first, last, size)]
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 class _Call:
@@ -136,88 +47,171 @@ class _Call:
 
     def __init__(self, axes, factors: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
         self.groups = (_Group * len(axes))()
+        self.grid = (ctypes.c_int32 * 3)()
+        self.gradients: list[list[Tensor]] = []
         self.width, number = 0, 0
         for group, tables in zip(self.groups, axes, strict=True):
+            self.gradients.append([])
             for table, table_axes in zip(group.tables, tables, strict=False):
                 factor = factors[number]
                 table.values = factor.data_ptr()
-                table.gradient = gradients[number].data_ptr() if gradients else None
                 table.axes[:] = (*table_axes, -1)[:2]
-                table.sizes[:] = (factor.shape[3], factor.shape[2]) if len(table_axes) == 2 else (factor.shape[2], 1)
+                for axis, size in zip(table_axes, (factor.shape[3], factor.shape[2])[-len(table_axes) :], strict=True):
+                    self.grid[axis] = size
+                if gradients:
+                    table.gradient = gradients[number].data_ptr()
+                    self.gradients[-1].append(gradients[number])
                 number += 1
             group.channels, group.offset = factor.shape[1], self.width
             self.width += factor.shape[1]
 
-    def products(self, xyz: Tensor, summed: bool) -> Tensor:
-        """[K, width], or [K] summed."""
-        out = xyz.new_zeros(len(xyz)) if summed else xyz.new_empty(len(xyz), self.width)
-        width, run = (1 if summed else self.width), library().products
-        arguments = (xyz.data_ptr(), ctypes.addressof(self.groups), len(self.groups))
-        _together(
-            [
-                functools.partial(run, *arguments, first, last, out.data_ptr(), width, summed)
-                for first, last in _parts(0, len(xyz))
-            ]
+    def products(self, xyz: Tensor, first: int, end: int, out: Tensor, summed: bool) -> None:
+        """Products of points first..end - 1 into out: [K, width], or [K] summed."""
+        width = ctypes.c_int64(1 if summed else self.width)
+        _library().products(
+            _at(xyz),
+            self.grid,
+            self.groups,
+            len(self.groups),
+            *map(ctypes.c_int64, (first, end)),
+            _at(out),
+            width,
+            summed,
         )
-        return out
 
     def scatter(self, xyz: Tensor, upstream: Tensor, summed: bool) -> None:
-        """Add d loss / d factors, from d loss / d products."""
-        width, run, calls = (1 if summed else self.width), library().scatter, []
-        for group in self.groups:
-            block = -(-group.channels // torch.get_num_threads() // _BLOCK) * _BLOCK
-            for begin in range(0, group.channels, max(block, _BLOCK)):
-                end = min(begin + max(block, _BLOCK), group.channels)
-                arguments = (xyz.data_ptr(), len(xyz), ctypes.addressof(group), begin, end)
-                calls.append(functools.partial(run, *arguments, upstream.data_ptr(), width, summed))
-        _together(calls)
+        """Add d loss / d factors, from d loss / d products [K, width], or [K] summed."""
+        width, calls, lines = ctypes.c_int64(1 if summed else self.width), [], []
+        for group, gradients in zip(self.groups, self.gradients, strict=True):
+            if group.tables[0].axes[1] < 0:
+                for first, end in threads.parts(len(xyz), _ALONE):
+                    own = [torch.zeros_like(gradient) for gradient in gradients]
+                    lines += zip(gradients, own, strict=True)
+                    pointers = (ctypes.c_void_p * 3)(*[gradient.data_ptr() for gradient in own])
+                    arguments = (self.grid, ctypes.byref(group), *map(ctypes.c_int64, (first, end)))
+                    calls.append(
+                        partial(_library().scatter_lines, _at(xyz), *arguments, _at(upstream), width, summed, pointers)
+                    )
+                continue
+            for low, high in self.bands(xyz, group.tables[0].axes[1]):
+                own = torch.zeros_like(gradients[1])
+                lines.append((gradients[1], own))
+                arguments = (ctypes.c_int64(len(xyz)), self.grid, ctypes.byref(group))
+                band = (ctypes.c_int64(low), ctypes.c_int64(high))
+                calls.append(
+                    partial(
+                        _library().scatter_plane, _at(xyz), *arguments, *band, _at(upstream), width, summed, _at(own)
+                    )
+                )
+        threads.together(calls)
+        for gradient, own in lines:
+            gradient.add_(own)
+
+    def bands(self, xyz: Tensor, axis: int) -> list[tuple[int, int]]:
+        """Rows 0..N - 1 of an axis as (first, end) of bands, one a thread, that hold about as many points each."""
+        size, n_bands = self.grid[axis], 1 if len(xyz) <= _ALONE else threads.count()
+        if n_bands == 1:
+            return [(0, size)]
+        counts = torch.zeros(size, dtype=torch.int64)
+        _library().occupancy(_at(xyz), ctypes.c_int64(len(xyz)), axis, size, ctypes.c_int64(_EVERY), _at(counts))
+        shares = torch.arange(1, n_bands) * counts.sum() // n_bands
+        borders = [0, *(torch.searchsorted(counts.cumsum(0), shares) + 1).clamp_max(size).tolist(), size]
+        return [(low, high) for low, high in pairwise(borders) if high > low]
 
     def positions(self, xyz: Tensor, upstream: Tensor, summed: bool) -> Tensor:
         """d loss / d xyz [K, 3]."""
-        gradient, parts = torch.zeros_like(xyz), _parts(0, len(xyz))
-        scratch = xyz.new_empty(len(parts), 3 * max(group.channels for group in self.groups))
-        width, run = (1 if summed else self.width), library().positions
-        arguments = (xyz.data_ptr(), ctypes.addressof(self.groups), len(self.groups))
-        ends = (upstream.data_ptr(), width, summed)
-        _together(
+        gradient = torch.zeros_like(xyz)
+        width = ctypes.c_int64(1 if summed else self.width)
+        arguments = (_at(xyz), self.grid, self.groups, len(self.groups))
+        threads.together(
             [
-                functools.partial(run, *arguments, first, last, *ends, own.data_ptr(), gradient.data_ptr())
-                for (first, last), own in zip(parts, scratch, strict=True)
+                partial(
+                    _library().positions,
+                    *arguments,
+                    *map(ctypes.c_int64, part),
+                    _at(upstream),
+                    width,
+                    summed,
+                    _at(gradient),
+                )
+                for part in threads.parts(len(xyz), _ALONE)
             ]
         )
         return gradient
 
 
-class _Products(torch.autograd.Function):
-    """Products of lookups, summed to [K], or times the basis [F, width] to [K, F]; see gather_lookups._Products."""
+class _Summed(torch.autograd.Function):
+    """Products of lookups, summed over all components to [K]."""
 
     @staticmethod
-    def forward(ctx, xyz: Tensor, axes, basis: Tensor | None, *factors: Tensor) -> Tensor:
+    def forward(ctx, xyz: Tensor, axes, *factors: Tensor) -> Tensor:
+        factors = [factor.contiguous(memory_format=torch.channels_last) for factor in factors]
+        xyz = xyz.contiguous()
+        ctx.save_for_backward(xyz, *factors)
+        ctx.axes = axes
+        call, out = _Call(axes, factors, None), xyz.new_empty(len(xyz))
+        threads.together([partial(call.products, xyz, *part, out, True) for part in threads.parts(len(xyz), _ALONE)])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        xyz, *factors = ctx.saved_tensors
+        grad = grad.contiguous()
+        gradients = [torch.zeros_like(factor, memory_format=torch.channels_last) for factor in factors]
+        call = _Call(ctx.axes, factors, gradients)
+        call.scatter(xyz, grad, summed=True)
+        return call.positions(xyz, grad, summed=True) if ctx.needs_input_grad[0] else None, None, *gradients
+
+
+class _Projected(torch.autograd.Function):
+    """Products of lookups times the basis [F, width]: [K, F]. Backward makes the products again, a block at a time."""
+
+    @staticmethod
+    def forward(ctx, xyz: Tensor, axes, basis: Tensor, *factors: Tensor) -> Tensor:
         factors = [factor.contiguous(memory_format=torch.channels_last) for factor in factors]
         xyz = xyz.contiguous()
         ctx.save_for_backward(xyz, basis, *factors)
         ctx.axes = axes
-        call = _Call(axes, factors, None)
-        if basis is None:
-            return call.products(xyz, summed=True)
-        return torch.cat([call.products(points, summed=False) @ basis.T for points in xyz.split(_CHUNK)])
+        call, out, transposed = _Call(axes, factors, None), xyz.new_empty(len(xyz), len(basis)), basis.detach().T
+
+        def project(first: int, end: int) -> None:
+            products = xyz.new_empty(end - first, call.width)
+            call.products(xyz[first:end], 0, end - first, products, False)
+            torch.mm(products, transposed, out=out[first:end])
+
+        threads.together([partial(project, *part) for part in _chunks(0, len(xyz))])
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         xyz, basis, *factors = ctx.saved_tensors
-        gradients = [torch.zeros_like(factor, memory_format=torch.channels_last) for factor in factors]
-        call, summed = _Call(ctx.axes, factors, gradients), basis is None
-        basis_grad, position_grads = None if summed else torch.zeros_like(basis), []
         grad = grad.contiguous()
-        size = max(len(xyz), 1) if summed else _CHUNK
-        for points, upstream in zip(xyz.split(size), grad.split(size), strict=True):
-            if not summed:
-                basis_grad.addmm_(upstream.T, call.products(points, summed=False))
-                upstream = upstream @ basis
-            call.scatter(points, upstream, summed)
+        gradients = [torch.zeros_like(factor, memory_format=torch.channels_last) for factor in factors]
+        call, basis_grad, position_grads = _Call(ctx.axes, factors, gradients), torch.zeros_like(basis), []
+        for start in range(0, len(xyz), _BLOCK):
+            points, upstream = xyz[start : start + _BLOCK], grad[start : start + _BLOCK]
+            to_products = xyz.new_empty(len(points), call.width)
+            parts = _chunks(0, len(points))
+            basis_parts = basis.new_empty(len(parts), *basis.shape)
+
+            def through_basis(
+                number: int, first: int, end: int, points=points, upstream=upstream, out=to_products, own=basis_parts
+            ) -> None:
+                products = points.new_empty(end - first, call.width)
+                call.products(points[first:end], 0, end - first, products, False)
+                torch.mm(upstream[first:end].T, products, out=own[number])
+                torch.mm(upstream[first:end], basis, out=out[first:end])
+
+            threads.together([partial(through_basis, number, *part) for number, part in enumerate(parts)])
+            basis_grad += basis_parts.sum(0)
+            call.scatter(points, to_products, summed=False)
             if ctx.needs_input_grad[0]:
-                position_grads.append(call.positions(points, upstream, summed))
+                position_grads.append(call.positions(points, to_products, summed=False))
         return torch.cat(position_grads) if position_grads else None, None, basis_grad, *gradients
+
+
+def _chunks(first: int, end: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _CHUNK, end)) for start in range(first, end, _CHUNK)]
 
 
 def _serves(xyz: Tensor, factors: Sequence[Tensor]) -> bool:
@@ -238,7 +232,7 @@ def vm_density(planes: list[Tensor], lines: list[Tensor], xyz: Tensor) -> Tensor
     axes, factors = _vm_order(planes, lines)
     if not _serves(xyz, factors):
         return gather_lookups.vm_density(planes, lines, xyz)
-    return _Products.apply(xyz, axes, None, *factors)
+    return _Summed.apply(xyz, axes, *factors)
 
 
 def vm_appearance(planes: list[Tensor], lines: list[Tensor], basis: Tensor, xyz: Tensor) -> Tensor:
@@ -246,18 +240,18 @@ def vm_appearance(planes: list[Tensor], lines: list[Tensor], basis: Tensor, xyz:
     axes, factors = _vm_order(planes, lines)
     if not _serves(xyz, [basis, *factors]):
         return gather_lookups.vm_appearance(planes, lines, basis, xyz)
-    return _Products.apply(xyz, axes, basis, *factors)
+    return _Projected.apply(xyz, axes, basis, *factors)
 
 
 def cp_density(lines: list[Tensor], xyz: Tensor) -> Tensor:
     """Density feature [K]; see torch_lookups.cp_density."""
     if not _serves(xyz, lines):
         return gather_lookups.cp_density(lines, xyz)
-    return _Products.apply(xyz, _CP_AXES, None, *lines)
+    return _Summed.apply(xyz, _CP_AXES, *lines)
 
 
 def cp_appearance(lines: list[Tensor], basis: Tensor, xyz: Tensor) -> Tensor:
     """Appearance features [K, F]; see torch_lookups.cp_appearance."""
     if not _serves(xyz, [basis, *lines]):
         return gather_lookups.cp_appearance(lines, basis, xyz)
-    return _Products.apply(xyz, _CP_AXES, basis, *lines)
+    return _Projected.apply(xyz, _CP_AXES, basis, *lines)

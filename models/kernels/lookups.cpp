@@ -1,21 +1,21 @@
 // Lookups in the factors of a field, forward and backward, for CPUs; see compiled_lookups.py.
 //
-// Letters: K points xyz [K, 3] in [-1, 1], C channels of a table, table [rows, C] (channels-last), taps: the rows
-// around a point, 2 along a line and 4 in a plane, outside ones weigh nothing. A group is 2 or 3 tables whose lookups
-// are multiplied: plane x line (VM) or line x line x line (CP).
+// Letters: K points xyz [K, 3] in [-1, 1], grid (Nx, Ny, Nz) points an axis, C channels of a table, table [rows, C]
+// (channels-last), taps: the rows around a point, 2 along a line and 4 in a plane; those outside weigh nothing. A group
+// is a plane and a line (VM) or three lines (CP) whose lookups are multiplied.
 //
-// Loops over channels are contiguous, so the compiler turns them into vector instructions. Nothing here starts a
-// thread: callers split the points (forward, positions) or the channels (backward), so that no two calls write to
-// one place and the sums have one order whatever the number of threads.
+// A row's channels lie together, so arithmetic runs over vectors of 16, then 4, then single channels. Nothing here
+// starts a thread: callers share out points (forward, positions, CP's backward) or bands of plane rows (VM's backward),
+// so that no two calls write to one place and every sum has one order for a given number of shares.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 extern "C" {
 struct Table {
     const float* values;  // [rows, C]
     float* gradient;      // [rows, C], or null
     int32_t axes[2];      // the fastest first; the second is -1 for a line
-    int32_t sizes[2];
 };
 
 struct Group {
@@ -27,214 +27,267 @@ struct Group {
 
 namespace {
 
-template <int N>
-struct Taps {
-    int64_t row[N];
-    float weight[N];
+typedef float V16 __attribute__((vector_size(64)));
+typedef float V4 __attribute__((vector_size(16)));
+
+// By memcpy, which compilers turn into one unaligned move: channels begin anywhere.
+template <class V>
+inline V load(const float* from) {
+    V value;
+    std::memcpy(&value, from, sizeof(V));
+    return value;
+}
+
+template <class V>
+inline void store(float* to, V value) {
+    std::memcpy(to, &value, sizeof(V));
+}
+
+template <class V>
+inline void add(float* to, V value) {
+    store(to, load<V>(to) + value);
+}
+
+// body(V{}, c) for all channels, as many at once as V holds.
+template <class Body>
+inline void over_channels(int64_t channels, Body body) {
+    int64_t c = 0;
+    for (; c + 16 <= channels; c += 16) body(V16{}, c);
+    for (; c + 4 <= channels; c += 4) body(V4{}, c);
+    for (; c < channels; ++c) body(float{}, c);
+}
+
+struct Sum {
+    V16 wide{};
+    V4 quad{};
+    float single = 0;
+    void operator+=(V16 v) { wide += v; }
+    void operator+=(V4 v) { quad += v; }
+    void operator+=(float v) { single += v; }
+    float total() const {
+        float sum = single;
+        for (int i = 0; i < 16; ++i) sum += wide[i];
+        for (int i = 0; i < 4; ++i) sum += quad[i];
+        return sum;
+    }
 };
 
+// The two grid points around a coordinate. One outside has share 0 and index 0.
 struct Axis {
     int64_t index[2];
-    float share[2], slope;  // slope: d share[1] / d coordinate
+    float share[2], slope[2];  // slope: d share / d coordinate
 };
 
-inline Axis along(const Table& table, int number, const float* xyz) {
-    const int64_t size = table.sizes[number];
-    const float position = ((xyz[table.axes[number]] + 1) / 2) * (size - 1);
-    const float lower = std::floor(position), upper_share = position - lower;
-    Axis axis{{0, 0}, {0, 0}, 0.5f * (size - 1)};
-    for (int i = 0; i < 2; ++i) {
-        const float index = lower + i;
-        if (index >= 0 && index < size) {  // false for NaN as well
-            axis.index[i] = static_cast<int64_t>(index);
-            axis.share[i] = i ? upper_share : 1 - upper_share;
-        }
+inline Axis along(float coordinate, int32_t size) {
+    const float position = ((coordinate + 1) / 2) * (size - 1);
+    const float lower = std::floor(position), upper_share = position - lower, slope = 0.5f * (size - 1);
+    Axis axis{{0, 0}, {0, 0}, {0, 0}};
+    if (lower >= 0 && lower < size) {  // false for NaN as well
+        axis.index[0] = static_cast<int64_t>(lower);
+        axis.share[0] = 1 - upper_share;
+        axis.slope[0] = -slope;
+    }
+    if (lower >= -1 && lower < size - 1) {
+        axis.index[1] = static_cast<int64_t>(lower) + 1;
+        axis.share[1] = upper_share;
+        axis.slope[1] = slope;
     }
     return axis;
 }
 
-inline bool inside(const Table& table, int number, const float* xyz, int i) {
-    const float position = ((xyz[table.axes[number]] + 1) / 2) * (table.sizes[number] - 1);
-    const float index = std::floor(position) + i;
-    return index >= 0 && index < table.sizes[number];
-}
+struct Point {
+    Axis axes[3];
+    Point(const float* xyz, const int32_t* grid) {
+        for (int i = 0; i < 3; ++i) axes[i] = along(xyz[i], grid[i]);
+    }
+};
 
 template <int N>
-inline Taps<N> taps_of(const Table& table, const float* xyz, int64_t channels) {
-    Taps<N> taps;
-    const Axis u = along(table, 0, xyz);
-    if constexpr (N == 2) {
+struct Taps {
+    int64_t row[N];  // where its channels begin
+    float weight[N];
+};
+
+inline Taps<2> line_taps(const Table& table, const Point& point, int64_t channels) {
+    const Axis& w = point.axes[table.axes[0]];
+    return {{w.index[0] * channels, w.index[1] * channels}, {w.share[0], w.share[1]}};
+}
+
+inline Taps<4> plane_taps(const Table& table, const Point& point, const int32_t* grid, int64_t channels) {
+    const Axis &u = point.axes[table.axes[0]], &v = point.axes[table.axes[1]];
+    const int64_t width = grid[table.axes[0]];
+    Taps<4> taps;
+    for (int j = 0; j < 2; ++j)
         for (int i = 0; i < 2; ++i) {
-            taps.row[i] = u.index[i] * channels;
-            taps.weight[i] = u.share[i];
+            taps.row[2 * j + i] = (v.index[j] * width + u.index[i]) * channels;
+            taps.weight[2 * j + i] = v.share[j] * u.share[i];
         }
-    } else {
-        const Axis v = along(table, 1, xyz);
-        for (int j = 0; j < 2; ++j)
-            for (int i = 0; i < 2; ++i) {
-                taps.row[2 * j + i] = (v.index[j] * table.sizes[0] + u.index[i]) * channels;
-                taps.weight[2 * j + i] = v.share[j] * u.share[i];
-            }
-    }
     return taps;
 }
 
-template <int N>
-inline float value_at(const Table& table, const Taps<N>& taps, int64_t c) {
-    float sum = 0;
-    for (int i = 0; i < N; ++i) sum += taps.weight[i] * table.values[taps.row[i] + c];
+template <class V, int N>
+inline V value_at(const Table& table, const Taps<N>& taps, int64_t c) {
+    V sum = taps.weight[0] * load<V>(table.values + taps.row[0] + c);
+    for (int i = 1; i < N; ++i) sum += taps.weight[i] * load<V>(table.values + taps.row[i] + c);
     return sum;
 }
 
-// Products of points first..last-1: side by side into out [K, width], or their sum into out [K].
-template <int N0, int N1, int N2>
-void products_of(const float* xyz, const Group& g, int64_t first, int64_t last, float* out, int64_t width, bool sum) {
-    for (int64_t k = first; k < last; ++k) {
-        const float* point = xyz + 3 * k;
-        const auto a = taps_of<N0>(g.tables[0], point, g.channels);
-        const auto b = taps_of<N1>(g.tables[1], point, g.channels);
-        Taps<2> c2{};
-        if constexpr (N2 != 0) c2 = taps_of<2>(g.tables[2], point, g.channels);
-        float total = 0;
-        float* __restrict row = out + k * width + g.offset;
-        for (int64_t c = 0; c < g.channels; ++c) {
-            float product = value_at(g.tables[0], a, c) * value_at(g.tables[1], b, c);
-            if constexpr (N2 != 0) product *= value_at(g.tables[2], c2, c);
-            if (sum)
-                total += product;
-            else
-                row[c] = product;
-        }
-        if (sum) out[k] += total;
-    }
-}
-
-// Adds d loss / d tables for channels begin..end-1; upstream [K, width], or [K] for summed products.
-template <int N0, int N1, int N2>
-void scatter_to(const float* xyz, int64_t n, const Group& g, int64_t begin, int64_t end, const float* upstream,
-                int64_t width, bool sum) {
-    constexpr int64_t most = 64;  // channels at once
-    float others[3][most];
-    for (int64_t start = begin; start < end; start += most) {
-        const int64_t count = end - start < most ? end - start : most;
-        for (int64_t k = 0; k < n; ++k) {
-            const float* point = xyz + 3 * k;
-            const auto a = taps_of<N0>(g.tables[0], point, g.channels);
-            const auto b = taps_of<N1>(g.tables[1], point, g.channels);
-            Taps<2> c2{};
-            if constexpr (N2 != 0) c2 = taps_of<2>(g.tables[2], point, g.channels);
-            const float* up = sum ? upstream + k : upstream + k * width + g.offset + start;
-            for (int64_t c = 0; c < count; ++c) {
-                const float u = sum ? up[0] : up[c];
-                const float va = value_at(g.tables[0], a, start + c), vb = value_at(g.tables[1], b, start + c);
-                float vc = 1;
-                if constexpr (N2 != 0) vc = value_at(g.tables[2], c2, start + c);
-                others[0][c] = u * vb * vc;
-                others[1][c] = u * va * vc;
-                others[2][c] = u * va * vb;
-            }
-            for (int i = 0; i < N0; ++i)
-                for (int64_t c = 0; c < count; ++c)
-                    g.tables[0].gradient[a.row[i] + start + c] += a.weight[i] * others[0][c];
-            for (int i = 0; i < N1; ++i)
-                for (int64_t c = 0; c < count; ++c)
-                    g.tables[1].gradient[b.row[i] + start + c] += b.weight[i] * others[1][c];
-            if constexpr (N2 != 0)
-                for (int i = 0; i < 2; ++i)
-                    for (int64_t c = 0; c < count; ++c)
-                        g.tables[2].gradient[c2.row[i] + start + c] += c2.weight[i] * others[2][c];
-        }
-    }
-}
-
-// d loss / d weight of each tap -> d loss / d coordinate. The share of a tap outside is 0 wherever the point moves.
-template <int N>
-inline void through_taps(const Table& table, const float* xyz, const float* slope, float* gradient) {
-    const Axis u = along(table, 0, xyz);
-    const float in_u[2] = {inside(table, 0, xyz, 0) ? -u.slope : 0.f, inside(table, 0, xyz, 1) ? u.slope : 0.f};
-    if constexpr (N == 2) {
-        gradient[table.axes[0]] += slope[0] * in_u[0] + slope[1] * in_u[1];
+// use(V product, c) for all channels of a group's product at a point.
+template <class Use>
+inline void product_of(const Group& g, const Point& point, const int32_t* grid, Use use) {
+    const auto last = line_taps(g.tables[1], point, g.channels);
+    if (g.tables[0].axes[1] >= 0) {
+        const auto plane = plane_taps(g.tables[0], point, grid, g.channels);
+        over_channels(g.channels, [&](auto type, int64_t c) {
+            using V = decltype(type);
+            use(value_at<V>(g.tables[0], plane, c) * value_at<V>(g.tables[1], last, c), c);
+        });
     } else {
-        const Axis v = along(table, 1, xyz);
-        const float in_v[2] = {inside(table, 1, xyz, 0) ? -v.slope : 0.f, inside(table, 1, xyz, 1) ? v.slope : 0.f};
-        for (int j = 0; j < 2; ++j)
-            for (int i = 0; i < 2; ++i) {
-                gradient[table.axes[0]] += slope[2 * j + i] * in_u[i] * v.share[j];
-                gradient[table.axes[1]] += slope[2 * j + i] * u.share[i] * in_v[j];
-            }
+        const auto a = line_taps(g.tables[0], point, g.channels), b = line_taps(g.tables[2], point, g.channels);
+        over_channels(g.channels, [&](auto type, int64_t c) {
+            using V = decltype(type);
+            use(value_at<V>(g.tables[0], a, c) * value_at<V>(g.tables[1], last, c) * value_at<V>(g.tables[2], b, c), c);
+        });
     }
 }
 
-template <int N>
-inline void slopes_of(const Table& table, const Taps<N>& taps, int64_t channels, const float* others, float* slope) {
-    for (int i = 0; i < N; ++i) {
-        float sum = 0;
-        for (int64_t c = 0; c < channels; ++c) sum += others[c] * table.values[taps.row[i] + c];
-        slope[i] = sum;
-    }
-}
-
-// Adds d loss / d xyz of points first..last-1. scratch: 3 * channels floats.
-template <int N0, int N1, int N2>
-void positions_of(const float* xyz, const Group& g, int64_t first, int64_t last, const float* upstream, int64_t width,
-                  bool sum, float* scratch, float* gradient) {
-    float* others[3] = {scratch, scratch + g.channels, scratch + 2 * g.channels};
-    for (int64_t k = first; k < last; ++k) {
-        const float* point = xyz + 3 * k;
-        const auto a = taps_of<N0>(g.tables[0], point, g.channels);
-        const auto b = taps_of<N1>(g.tables[1], point, g.channels);
-        Taps<2> c2{};
-        if constexpr (N2 != 0) c2 = taps_of<2>(g.tables[2], point, g.channels);
-        const float* up = sum ? upstream + k : upstream + k * width + g.offset;
-        for (int64_t c = 0; c < g.channels; ++c) {
-            const float u = sum ? up[0] : up[c];
-            const float va = value_at(g.tables[0], a, c), vb = value_at(g.tables[1], b, c);
-            float vc = 1;
-            if constexpr (N2 != 0) vc = value_at(g.tables[2], c2, c);
-            others[0][c] = u * vb * vc;
-            others[1][c] = u * va * vc;
-            others[2][c] = u * va * vb;
-        }
-        float slope[4];
-        slopes_of<N0>(g.tables[0], a, g.channels, others[0], slope);
-        through_taps<N0>(g.tables[0], point, slope, gradient + 3 * k);
-        slopes_of<N1>(g.tables[1], b, g.channels, others[1], slope);
-        through_taps<N1>(g.tables[1], point, slope, gradient + 3 * k);
-        if constexpr (N2 != 0) {
-            slopes_of<2>(g.tables[2], c2, g.channels, others[2], slope);
-            through_taps<2>(g.tables[2], point, slope, gradient + 3 * k);
-        }
-    }
+inline float summed_product(const Group* groups, int32_t n_groups, const Point& point, const int32_t* grid) {
+    Sum sum;
+    for (int g = 0; g < n_groups; ++g) product_of(groups[g], point, grid, [&](auto product, int64_t) { sum += product; });
+    return sum.total();
 }
 
 }  // namespace
 
 extern "C" {
-void products(const float* xyz, const Group* groups, int32_t n_groups, int64_t first, int64_t last, float* out,
-              int64_t width, int32_t sum) {
-    for (int g = 0; g < n_groups; ++g) {
-        if (groups[g].tables[0].axes[1] >= 0)
-            products_of<4, 2, 0>(xyz, groups[g], first, last, out, width, sum);
-        else
-            products_of<2, 2, 2>(xyz, groups[g], first, last, out, width, sum);
+// Products of points first..end-1: side by side into out [K, width], or their sum into out [K].
+void products(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups, int64_t first, int64_t end,
+              float* out, int64_t width, int32_t sum) {
+    for (int64_t k = first; k < end; ++k) {
+        const Point point(xyz + 3 * k, grid);
+        if (sum) {
+            out[k] = summed_product(groups, n_groups, point, grid);
+            continue;
+        }
+        for (int g = 0; g < n_groups; ++g) {
+            float* row = out + k * width + groups[g].offset;
+            product_of(groups[g], point, grid, [&](auto product, int64_t c) { store(row + c, product); });
+        }
     }
 }
 
-void scatter(const float* xyz, int64_t n, const Group* group, int64_t begin, int64_t end, const float* upstream,
-             int64_t width, int32_t sum) {
-    if (group->tables[0].axes[1] >= 0)
-        scatter_to<4, 2, 0>(xyz, n, *group, begin, end, upstream, width, sum);
-    else
-        scatter_to<2, 2, 2>(xyz, n, *group, begin, end, upstream, width, sum);
+// How many points have their lower tap in each row of an axis, counts [N]; every `every`-th point is looked at.
+void occupancy(const float* xyz, int64_t n, int32_t axis, int32_t size, int64_t every, int64_t* counts) {
+    for (int64_t k = 0; k < n; k += every) ++counts[along(xyz[3 * k + axis], size).index[0]];
 }
 
-void positions(const float* xyz, const Group* groups, int32_t n_groups, int64_t first, int64_t last,
-               const float* upstream, int64_t width, int32_t sum, float* scratch, float* gradient) {
-    for (int g = 0; g < n_groups; ++g) {
-        if (groups[g].tables[0].axes[1] >= 0)
-            positions_of<4, 2, 0>(xyz, groups[g], first, last, upstream, width, sum, scratch, gradient);
-        else
-            positions_of<2, 2, 2>(xyz, groups[g], first, last, upstream, width, sum, scratch, gradient);
+// Adds d loss / d plane for the plane's rows low..high-1, and d loss / d line [N, C] of the points whose lower tap lies
+// there to line_gradient. upstream [K, width], or [K] for summed products.
+void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group* group, int64_t low, int64_t high,
+                   const float* upstream, int64_t width, int32_t sum, float* line_gradient) {
+    const Group& g = *group;
+    const Table &plane = g.tables[0], &line = g.tables[1];
+    const int v_axis = plane.axes[1];
+    for (int64_t k = 0; k < n; ++k) {
+        const float* up = sum ? upstream + k : upstream + k * width + g.offset;
+        const Axis v = along(xyz[3 * k + v_axis], grid[v_axis]);
+        const bool owner = v.index[0] >= low && v.index[0] < high;
+        const bool upper = v.index[1] >= low && v.index[1] < high && v.share[1] != 0;
+        if (!(owner || upper) || (sum && up[0] == 0)) continue;
+        const Point point(xyz + 3 * k, grid);
+        const auto a = plane_taps(plane, point, grid, g.channels);
+        const auto b = line_taps(line, point, g.channels);
+        // Taps of weight 0 are added too: it changes nothing, and a branch would cost more.
+        over_channels(g.channels, [&](auto type, int64_t c) {
+            using V = decltype(type);
+            V u = V{} + up[0];
+            if (!sum) u = load<V>(up + c);
+            const V through_line = u * value_at<V>(line, b, c);
+            if (owner) {
+                add<V>(plane.gradient + a.row[0] + c, a.weight[0] * through_line);
+                add<V>(plane.gradient + a.row[1] + c, a.weight[1] * through_line);
+                const V through_plane = u * value_at<V>(plane, a, c);
+                add<V>(line_gradient + b.row[0] + c, b.weight[0] * through_plane);
+                add<V>(line_gradient + b.row[1] + c, b.weight[1] * through_plane);
+            }
+            if (upper) {
+                add<V>(plane.gradient + a.row[2] + c, a.weight[2] * through_line);
+                add<V>(plane.gradient + a.row[3] + c, a.weight[3] * through_line);
+            }
+        });
+    }
+}
+
+// Adds d loss / d lines of points first..end-1 to three gradients, each [N of its axis, C].
+void scatter_lines(const float* xyz, const int32_t* grid, const Group* group, int64_t first, int64_t end,
+                   const float* upstream, int64_t width, int32_t sum, float* const* gradients) {
+    const Group& g = *group;
+    for (int64_t k = first; k < end; ++k) {
+        const Point point(xyz + 3 * k, grid);
+        const float* up = sum ? upstream + k : upstream + k * width + g.offset;
+        Taps<2> taps[3];
+        for (int i = 0; i < 3; ++i) taps[i] = line_taps(g.tables[i], point, g.channels);
+        over_channels(g.channels, [&](auto type, int64_t c) {
+            using V = decltype(type);
+            V u = V{} + up[0];
+            if (!sum) u = load<V>(up + c);
+            V value[3];
+            for (int i = 0; i < 3; ++i) value[i] = value_at<V>(g.tables[i], taps[i], c);
+            const V others[3] = {u * value[1] * value[2], u * value[0] * value[2], u * value[0] * value[1]};
+            for (int i = 0; i < 3; ++i)
+                for (int j = 0; j < 2; ++j) add<V>(gradients[i] + taps[i].row[j] + c, taps[i].weight[j] * others[i]);
+        });
+    }
+}
+
+// Adds d loss / d xyz of points first..end-1 to gradient [K, 3].
+void positions(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups, int64_t first, int64_t end,
+               const float* upstream, int64_t width, int32_t sum, float* gradient) {
+    for (int64_t k = first; k < end; ++k) {
+        const Point point(xyz + 3 * k, grid);
+        float* to = gradient + 3 * k;
+        for (int number = 0; number < n_groups; ++number) {
+            const Group& g = groups[number];
+            const float* up = sum ? upstream + k : upstream + k * width + g.offset;
+            const bool is_plane = g.tables[0].axes[1] >= 0;
+            const int n_tables = is_plane ? 2 : 3;
+            // d loss / d weight of each tap: the row under it times all that it is multiplied by.
+            Sum slopes[3][4];
+            Taps<4> taps[3];
+            for (int i = 0; i < n_tables; ++i) {
+                if (i == 0 && is_plane) {
+                    taps[i] = plane_taps(g.tables[i], point, grid, g.channels);
+                } else {
+                    const auto two = line_taps(g.tables[i], point, g.channels);
+                    taps[i] = {{two.row[0], two.row[1], two.row[0], two.row[0]}, {two.weight[0], two.weight[1], 0, 0}};
+                }
+            }
+            over_channels(g.channels, [&](auto type, int64_t c) {
+                using V = decltype(type);
+                V u = V{} + up[0];
+                if (!sum) u = load<V>(up + c);
+                V value[3] = {V{} + 1.f, V{} + 1.f, V{} + 1.f};
+                for (int i = 0; i < n_tables; ++i) value[i] = value_at<V>(g.tables[i], taps[i], c);
+                const V others[3] = {u * value[1] * value[2], u * value[0] * value[2], u * value[0] * value[1]};
+                for (int i = 0; i < n_tables; ++i)
+                    for (int tap = 0; tap < (i == 0 && is_plane ? 4 : 2); ++tap)
+                        slopes[i][tap] += others[i] * load<V>(g.tables[i].values + taps[i].row[tap] + c);
+            });
+            for (int i = 0; i < n_tables; ++i) {
+                const Axis& u = point.axes[g.tables[i].axes[0]];
+                if (i == 0 && is_plane) {
+                    const Axis& v = point.axes[g.tables[i].axes[1]];
+                    for (int tap = 0; tap < 4; ++tap) {
+                        const float slope = slopes[i][tap].total();
+                        to[g.tables[i].axes[0]] += slope * u.slope[tap & 1] * v.share[tap >> 1];
+                        to[g.tables[i].axes[1]] += slope * u.share[tap & 1] * v.slope[tap >> 1];
+                    }
+                } else {
+                    for (int tap = 0; tap < 2; ++tap)
+                        to[g.tables[i].axes[0]] += slopes[i][tap].total() * u.slope[tap];
+                }
+            }
+        }
     }
 }
 }

@@ -1,0 +1,73 @@
+"""C++ beside this file, compiled for this CPU on first use.
+
+A library is plain C called through ctypes, so building it needs a compiler (c++, g++ or clang++) and nothing of torch
+or Python; it is kept in the user's cache folder and built again when its source, compiler or CPU is another one.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from utils.console import say
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
+# By library. Lookups need no errno and no traps; marching has to round exactly as torch does, without fused products.
+OWN_FLAGS = {"lookups": ("-fno-math-errno", "-fno-trapping-math"), "rendering": ("-ffp-contract=off",)}
+COMPILE_SECONDS = 300
+
+
+@functools.cache
+def libraries() -> dict[str, ctypes.CDLL] | None:
+    """The compiled libraries by name, built if they must be; None, and one line that says why, if they cannot be."""
+    try:
+        return {name: ctypes.CDLL(str(_built(name))) for name in OWN_FLAGS}
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
+        say(f"the CPU kernels could not be compiled ({reason}): torch's own operations serve, several times slower")
+        return None
+
+
+def _built(name: str) -> Path:
+    """The library's file. Raises OSError without a compiler, SubprocessError if it fails."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"none of {', '.join(COMPILERS)} is installed")
+    source, flags = Path(__file__).with_name(f"{name}.cpp"), (*FLAGS, *OWN_FLAGS[name])
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    identity = "\n".join([source.read_text(encoding="utf-8"), version, " ".join(flags), _cpu()])
+    path = _cache_folder() / f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        say(f"compiling the CPU's {name} (once, some seconds)")
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            command = [compiler, *flags, str(source), "-o", str(built)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
+            os.replace(built, path)  # whole or not at all, whoever else is building it
+    return path
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return "\n".join([platform.machine(), platform.processor(), *[x for x in lines if x.startswith("flags")][:1]])
+
+
+def _cache_folder() -> Path:
+    """A folder for the library: the user's cache, or a temporary one if that cannot be written."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "expansive-supervision"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a home that is read-only, not there or unknown
+        pass
+    return Path(tempfile.mkdtemp(prefix="expansive-supervision-"))

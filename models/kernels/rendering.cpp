@@ -1,0 +1,169 @@
+// Marching, weights and compositing of packed samples, for CPUs; see compiled_rendering.py.
+//
+// Letters: B rays, K samples, k sample number. Compiled without contraction and reordering: a sample lives or not by
+// the same roundings as in components/marching.py, whose expressions these are. Nothing here starts a thread: callers
+// share out rays.
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+extern "C" {
+struct Rays {
+    const float *origins, *directions;  // [B, 3]
+    const float *t_enter, *jitter;      // [B]; jitter may be null
+    float step, low[3], high[3];        // box
+};
+
+// Bit dx + 2 dy + 4 dz of a cell is its corner there; see models/alpha_mask.py.
+struct Mask {
+    const uint8_t* cells;  // [Nz + 1, Ny + 1, Nx + 1], or null for no mask
+    int64_t size[3];
+    float low[3], scale[3];
+    uint8_t allowed[8];
+};
+}
+
+namespace {
+
+inline float number_of(const Rays& rays, int64_t ray, float k) { return rays.jitter ? k + rays.jitter[ray] : k; }
+
+inline float t_of(const Rays& rays, int64_t ray, float number) { return rays.t_enter[ray] + rays.step * number; }
+
+inline bool occupied(const Mask& mask, const float* xyz) {
+    int64_t cell[3];
+    int between = 0;
+    for (int i = 0; i < 3; ++i) {
+        const float normalised = (xyz[i] - mask.low[i]) * mask.scale[i] - 1;
+        const float position = ((normalised + 1) / 2) * (mask.size[i] - 1);
+        const float lower = std::floor(position);
+        if (!(lower >= -1 && lower < mask.size[i])) return false;
+        cell[i] = static_cast<int64_t>(lower) + 1;
+        between |= (position > lower) << i;
+    }
+    const int64_t index = (cell[2] * (mask.size[1] + 1) + cell[1]) * (mask.size[0] + 1) + cell[0];
+    return mask.cells[index] & mask.allowed[between];
+}
+
+}  // namespace
+
+extern "C" {
+// Which candidates of rays first..end-1 live: `live` [K0], those of ray r from candidates[r] on, and counts [B].
+void march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t first, int64_t end,
+                 uint8_t* live, int64_t* counts) {
+    for (int64_t ray = first; ray < end; ++ray) {
+        const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
+        const int64_t n = candidates[ray + 1] - candidates[ray];
+        uint8_t* flags = live + candidates[ray];
+        int64_t count = 0;
+        for (int64_t k = 0; k < n; ++k) {
+            const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
+            float xyz[3];
+            bool inside = true;
+            for (int i = 0; i < 3; ++i) {
+                xyz[i] = o[i] + d[i] * t;
+                inside &= xyz[i] >= rays->low[i] && xyz[i] <= rays->high[i];
+            }
+            flags[k] = inside && (!mask->cells || occupied(*mask, xyz));
+            count += flags[k];
+        }
+        counts[ray] = count;
+    }
+}
+
+// The samples that `live` tells, those of ray r from offsets[r] on.
+void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live, const int64_t* offsets,
+                int64_t n_samples, int64_t first, int64_t end, int64_t* ray_of, float* t_out, float* delta,
+                float* xyz) {
+    for (int64_t ray = first; ray < end; ++ray) {
+        const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
+        const int64_t n = candidates[ray + 1] - candidates[ray];
+        const uint8_t* flags = live + candidates[ray];
+        int64_t at = offsets[ray];
+        for (int64_t k = 0; k < n; ++k) {
+            if (!flags[k]) continue;
+            const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
+            const float following = number_of(*rays, ray, static_cast<float>(k) + 1);
+            ray_of[at] = ray;
+            t_out[at] = t;
+            delta[at] = k < n_samples - 1 ? t_of(*rays, ray, following) - t : 0;
+            for (int i = 0; i < 3; ++i) xyz[3 * at + i] = o[i] + d[i] * t;
+            ++at;
+        }
+    }
+}
+
+// alpha [K] and weights [K] of rays first..end-1 from density features [K].
+void weights_forward(const float* feature, const float* delta, const int64_t* offsets, int64_t first, int64_t end,
+                     int32_t softplus, float shift, float scale, float* alpha, float* weights) {
+    for (int64_t ray = first; ray < end; ++ray) {
+        double transmittance = 1;
+        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
+            const float x = softplus ? feature[i] + shift : feature[i];
+            const float relu = x > 0 ? x : (x == x ? 0 : x);  // NaN stays
+            const float sigma = softplus ? (x > 20 ? x : std::log1p(std::exp(x))) : relu;
+            alpha[i] = 1 - std::exp(-sigma * (delta[i] * scale));
+            weights[i] = static_cast<float>(alpha[i] * transmittance);
+            transmittance *= 1 - alpha[i] + 1e-10f;
+        }
+    }
+}
+
+// d loss / d feature [K] from d loss / d weights: dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
+void weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
+                      const float* weights, const float* upstream, int64_t first, int64_t end, int32_t softplus,
+                      float shift, float scale, float* gradient) {
+    std::vector<float> before;
+    for (int64_t ray = first; ray < end; ++ray) {
+        const int64_t begin = offsets[ray], n = offsets[ray + 1] - begin;
+        before.resize(n);
+        double transmittance = 1, later = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            before[i] = static_cast<float>(transmittance);
+            transmittance *= 1 - alpha[begin + i] + 1e-10f;
+        }
+        for (int64_t i = begin + n - 1; i >= begin; --i) {
+            const float rest = 1 - alpha[i];
+            const float to_alpha = upstream[i] * before[i - begin] - static_cast<float>(later) / (rest + 1e-10f);
+            later += static_cast<double>(upstream[i]) * weights[i];
+            float slope = feature[i] > 0;
+            if (softplus) {
+                const float x = feature[i] + shift, e = std::exp(x);
+                slope = x > 20 ? 1 : e / (1 + e);
+            }
+            gradient[i] = to_alpha * rest * (delta[i] * scale) * slope;
+        }
+    }
+}
+
+// rgb [B, 3], opacity [B], distance [B] of rays first..end-1. coloured [Kc]: ascending; `at`: the first of these rays'.
+void composite_forward(const float* weights, const float* t, const int64_t* offsets, const int64_t* coloured,
+                       int64_t n_coloured, int64_t at, const float* colour, int64_t first, int64_t end, float* rgb,
+                       float* opacity, float* distance) {
+    for (int64_t ray = first; ray < end; ++ray) {
+        float sum[3] = {0, 0, 0}, total = 0, far = 0;
+        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
+            total += weights[i];
+            far += weights[i] * t[i];
+        }
+        for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)
+            for (int c = 0; c < 3; ++c) sum[c] += weights[coloured[at]] * colour[3 * at + c];
+        for (int c = 0; c < 3; ++c) rgb[3 * ray + c] = sum[c];
+        opacity[ray] = total;
+        distance[ray] = far;
+    }
+}
+
+// d loss / d weights [K] and d loss / d colour [Kc, 3].
+void composite_backward(const float* weights, const int64_t* offsets, const int64_t* coloured, int64_t n_coloured,
+                        int64_t at, const float* colour, int64_t first, int64_t end, const float* to_rgb,
+                        const float* to_opacity, float* to_weights, float* to_colour) {
+    for (int64_t ray = first; ray < end; ++ray) {
+        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) to_weights[i] = to_opacity[ray];
+        for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)
+            for (int c = 0; c < 3; ++c) {
+                to_weights[coloured[at]] += to_rgb[3 * ray + c] * colour[3 * at + c];
+                to_colour[3 * at + c] = to_rgb[3 * ray + c] * weights[coloured[at]];
+            }
+    }
+}
+}
