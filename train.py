@@ -25,6 +25,7 @@ from models import FieldConfig, build_field, field_state, restore_field
 from models.field import Field
 from models.files import CHECKPOINT_FORMAT, load_field, write_mesh, write_tensorf
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
+from models.optimizers import crop_adam, make_adam
 from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
 from utils.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
@@ -35,7 +36,6 @@ from utils.errors import CheckpointError, OptionError, SceneError, UserError
 from utils.images import error_map, heat_map, save_png, side_by_side, to_uint8
 from utils.logs import RunLog
 from utils.memory import MemoryMeter, tensors_mb
-from utils.optimizers import crop_adam, make_adam
 from utils.run_folder import atomic_file, git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
 from utils.seeds import make_generator
 from utils.stages import StageTotals, stage_of

@@ -33,9 +33,9 @@ def measure(
     from components.grids import training_samples
     from components.regularisers import L1Density
     from models.kernels import threads
+    from models.optimizers import make_adam
     from tests.reference import dense_render
     from utils.memory import MemoryMeter, tensors_mb
-    from utils.optimizers import make_adam
     from utils.seeds import make_generator
     from utils.timing import PhaseTimer
 

@@ -32,13 +32,14 @@ class Samples:
     """Live samples, ordered by ray, then by t.
 
     ray: [K] int64; t: [K] ray parameter; delta: [K] distance to the ray's next sample number (0 for the last
-    one), in t; xyz: [K, 3] world position; offsets: [B + 1] int64, where each ray's samples begin (and end).
+    one), in t; position: [K, 3], normalised to [-1, 1] in the box; offsets: [B + 1] int64, where each ray's samples
+    begin, and after the last ray K.
     """
 
     ray: Tensor
     t: Tensor
     delta: Tensor
-    xyz: Tensor
+    position: Tensor
     offsets: Tensor
 
     @property
@@ -63,6 +64,11 @@ def box_intersection(rays: Rays, aabb: Tensor) -> tuple[Tensor, Tensor]:
 def inside_box(xyz: Tensor, aabb: Tensor) -> Tensor:
     """[N] bool: aabb[0] <= xyz <= aabb[1] on all axes."""
     return ((xyz >= aabb[0]) & (xyz <= aabb[1])).all(-1)
+
+
+def normalise(xyz: Tensor, aabb: Tensor) -> Tensor:
+    """World positions [N, 3] to [-1, 1] in the box aabb [2, 3]."""
+    return (xyz - aabb[0]) * (2.0 / (aabb[1] - aabb[0])) - 1
 
 
 def candidate_counts(t_enter: Tensor, t_exit: Tensor, step: float, n_samples: int) -> Tensor:
@@ -125,7 +131,7 @@ def march_box(
     following = k + 1 if jitter is None else k + 1 + jitter[ray, 0]
     delta = t_enter.detach()[ray] + step * following - t.detach()
     delta = torch.where(k < n_samples - 1, delta, torch.zeros_like(delta))
-    return Samples(ray, t, delta, xyz, ray_offsets(ray, len(rays)))
+    return Samples(ray, t, delta, normalise(xyz, aabb), ray_offsets(ray, len(rays)))
 
 
 def march_ndc(
@@ -164,4 +170,4 @@ def march_ndc(
     xyz = xyz.detach() if rays.detach_samples else xyz
     length = torch.linalg.vector_norm(rays.directions, dim=-1)
     delta = delta_row.expand(n_rays, n_samples)[ray, k] * length[ray]
-    return Samples(ray, t, delta, xyz, ray_offsets(ray, n_rays))
+    return Samples(ray, t, delta, normalise(xyz, aabb), ray_offsets(ray, n_rays))

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from components.grids import evaluation_samples, step_length
-from components.marching import Samples, march_ndc
+from components.marching import Samples, march_ndc, normalise
 from components.types import Rays, RenderOutput
 from models import kernels
 from models.alpha_mask import AlphaMask
 from models.chunks import in_chunks
 from models.config import FieldConfig
+from models.kernels import stored_network
 from models.shading import build_shading
 
 # Samples whose colours are computed at once: few on a CPU, whose cache they should fit; launches cost more on CUDA.
@@ -88,7 +89,7 @@ class Field(nn.Module):
 
     def normalise(self, xyz: Tensor) -> Tensor:
         """World positions [N, 3] to [-1, 1] in the box."""
-        return (xyz - self.aabb[0]) * (2.0 / (self.aabb[1] - self.aabb[0])) - 1
+        return normalise(xyz, self.aabb)
 
     def density(self, feature: Tensor) -> Tensor:
         """sigma [K], 1/length, of density features [K]."""
@@ -121,14 +122,13 @@ class Field(nn.Module):
         """
         c, rendering = self.config, self.kernels.rendering
         samples = self.march(rays, jitter, n_samples or self.n_samples)
-        position = self.normalise(samples.xyz)
-        feature = self.density_feature(position)
+        feature = self.density_feature(samples.position)
         weights = rendering.ray_weights(feature, samples, c.density_activation, c.density_shift, c.distance_scale)
         coloured = (weights > c.weight_threshold).nonzero()[:, 0]
         view = rays.directions
         if c.ndc:
             view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
-        colour = self.colours(position[coloured], view, samples.ray[coloured])
+        colour = self.colours(samples.position[coloured], view, samples.ray[coloured])
         rgb, opacity, distance = rendering.composite(weights, samples, coloured, colour)
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
         depth = distance + (1.0 - opacity.detach()) * c.far
@@ -142,7 +142,10 @@ class Field(nn.Module):
         """
 
         size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
-        return in_chunks(self.renderModule, size, self.appearance_feature(position), view[ray], position)
+        features = self.appearance_feature(position)
+        if stored_network.serves(self.renderModule, features, view):
+            return stored_network.shade(self.renderModule, features, view[ray])
+        return in_chunks(self.renderModule, size, features, view[ray], position)
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:
         """u for `render`: one number a ray; in NDC one a sample number, shared by the step's rays."""

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from models.kernels import compiled, compiled_lookups, gather_lookups, select, torch_lookups
+from models.kernels import compiled, compiled_lookups, gather_lookups, select, threads, torch_lookups
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 
 DTYPES = [torch.float32, torch.float64]
@@ -234,16 +234,20 @@ def test_compiled_gradients_of_points_equal_the_definition_in_single_precision(c
     assert_equal_up_to_rounding(case.gradients(compiled_lookups), case.gradients(torch_lookups), torch.float32)
 
 
+@pytest.mark.parametrize("n_threads", [2, 3, 7])
 @pytest.mark.parametrize("model", ["VM", "CP"])
-def test_the_number_of_threads_changes_no_bit_of_what_is_compiled(compiled_only, model, monkeypatch):
+def test_results_of_several_threads_equal_those_of_one_and_each_other_to_the_bit(
+    compiled_only, model, n_threads, monkeypatch
+):
     case = Case(model, 13, 9000, (9, 14, 6), (16, 48, 3))
     case.xyz.requires_grad_()
-    case.leaves = [case.xyz, *case.leaves[:-1]]  # the basis is torch's own product
-    one = [case.outputs(compiled_lookups)[0], *case.gradients(compiled_lookups)]
-    for n_threads in (2, 3, 7):
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
-        several = [case.outputs(compiled_lookups)[0], *case.gradients(compiled_lookups)]
-        assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+    case.leaves = [case.xyz, *case.leaves]
+    one = [*case.outputs(compiled_lookups), *case.gradients(compiled_lookups)]
+    monkeypatch.setattr(threads, "_taken", n_threads)
+    several = [[*case.outputs(compiled_lookups), *case.gradients(compiled_lookups)] for _ in range(3)]
+    for repeated in several[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(several[0], repeated, strict=True))
+    assert_equal_up_to_rounding(several[0], one, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])

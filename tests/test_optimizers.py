@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.growth import shrink
+from models.optimizers import BETAS, crop_adam, make_adam
 from tests.helpers import random_field
-from utils.optimizers import BETAS, crop_adam, make_adam
 
 MODELS = ["TensorVMSplit", "TensorCP"]
 BOX = torch.tensor([[-0.9, -0.4, -0.6], [0.8, 1.1, 0.7]])

@@ -119,4 +119,4 @@ def test_gradients_reach_pixel_positions_only_when_rays_ask_for_them():
     field.render(Rays(rays.origins, directions), 1.0).rgb.sum().backward()
     assert torch.isfinite(directions.grad).all()
     assert directions.grad.abs().max() > 0
-    assert not march_box(rays, field.aabb, 0.3, 6.0, field.step, 40).xyz.requires_grad
+    assert not march_box(rays, field.aabb, 0.3, 6.0, field.step, 40).position.requires_grad

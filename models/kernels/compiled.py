@@ -18,8 +18,9 @@ from utils.console import say
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
-# By library. Lookups need no errno and no traps; marching has to round exactly as torch does, without fused products.
-OWN_FLAGS = {"lookups": ("-fno-math-errno", "-fno-trapping-math"), "rendering": ("-ffp-contract=off",)}
+# By library. Marching has to round exactly as torch does, without fused products; the others need no errno, no traps.
+_FAST = ("-fno-math-errno", "-fno-trapping-math")
+OWN_FLAGS = {"lookups": _FAST, "rendering": ("-ffp-contract=off",), "adam": _FAST}
 COMPILE_SECONDS = 300
 
 
@@ -41,7 +42,8 @@ def _built(name: str) -> Path:
         raise OSError(f"none of {', '.join(COMPILERS)} is installed")
     source, flags = Path(__file__).with_name(f"{name}.cpp"), (*FLAGS, *OWN_FLAGS[name])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    identity = "\n".join([source.read_text(encoding="utf-8"), version, " ".join(flags), _cpu()])
+    text = [path.read_text(encoding="utf-8") for path in (source, source.with_name("denormals.h"))]
+    identity = "\n".join([*text, version, " ".join(flags), _cpu()])
     path = _cache_folder() / f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         say(f"compiling the CPU's {name} (once, some seconds)")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from components.marching import Samples, box_intersection, candidate_counts
+from components.marching import Samples, box_intersection, candidate_counts, normalise
 from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.kernels import threads, torch_rendering
@@ -29,6 +29,7 @@ class _Rays(ctypes.Structure):
         ("step", ctypes.c_float),
         ("low", ctypes.c_float * 3),
         ("high", ctypes.c_float * 3),
+        ("scale", ctypes.c_float * 3),
     )
 
 
@@ -82,6 +83,7 @@ def march_box(
             *(x.data_ptr() for x in (origins, directions, enter)), None if jitters is None else jitters.data_ptr(), step
         )
         ours.low[:], ours.high[:] = aabb.tolist()
+        ours.scale[:] = (2.0 / (aabb[1] - aabb[0])).tolist()
         cells = _mask(mask)
         live = torch.empty(int(candidates[-1]), dtype=torch.uint8)
         counts = torch.empty(len(rays), dtype=torch.int64)
@@ -91,15 +93,15 @@ def march_box(
         offsets = _prefix(counts)
         n_live = int(offsets[-1])
         ray, t = torch.empty(n_live, dtype=torch.int64), torch.empty(n_live)
-        delta, xyz = torch.empty(n_live), torch.empty(n_live, 3)
+        delta, position = torch.empty(n_live), torch.empty(n_live, 3)
         first = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), ctypes.c_int64(n_samples))
-        out = (_at(ray), _at(t), _at(delta), _at(xyz))
+        out = (_at(ray), _at(t), _at(delta), _at(position))
         threads.together([partial(_library().march_fill, *first, *part, *out) for part in parts])
     if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
         # t grows with the entry; what a sample's number adds to it is fixed.
         t = t + (t_enter - t_enter.detach())[ray]
-        xyz = rays.origins[ray] + rays.directions[ray] * t[:, None]
-    return Samples(ray, t, delta, xyz, offsets)
+        position = normalise(rays.origins[ray] + rays.directions[ray] * t[:, None], aabb)
+    return Samples(ray, t, delta, position, offsets)
 
 
 def _mask(mask: AlphaMask | None) -> _Mask:

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "denormals.h"
+
 extern "C" {
 struct Table {
     const float* values;  // [rows, C]
@@ -64,11 +66,14 @@ struct Sum {
     void operator+=(V16 v) { wide += v; }
     void operator+=(V4 v) { quad += v; }
     void operator+=(float v) { single += v; }
+    // In halves: a sum one by one would wait for each addition.
     float total() const {
-        float sum = single;
-        for (int i = 0; i < 16; ++i) sum += wide[i];
-        for (int i = 0; i < 4; ++i) sum += quad[i];
-        return sum;
+        float lanes[16];
+        store(lanes, wide);
+        for (int i = 0; i < 4; ++i) lanes[i] += quad[i];
+        for (int half = 8; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        return lanes[0] + single;
     }
 };
 
@@ -163,6 +168,7 @@ extern "C" {
 // Products of points first..end-1: side by side into out [K, width], or their sum into out [K].
 void products(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups, int64_t first, int64_t end,
               float* out, int64_t width, int32_t sum) {
+    const FlushDenormals flush;
     for (int64_t k = first; k < end; ++k) {
         const Point point(xyz + 3 * k, grid);
         if (sum) {
@@ -185,6 +191,7 @@ void occupancy(const float* xyz, int64_t n, int32_t axis, int32_t size, int64_t 
 // there to line_gradient. upstream [K, width], or [K] for summed products.
 void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group* group, int64_t low, int64_t high,
                    const float* upstream, int64_t width, int32_t sum, float* line_gradient) {
+    const FlushDenormals flush;
     const Group& g = *group;
     const Table &plane = g.tables[0], &line = g.tables[1];
     const int v_axis = plane.axes[1];
@@ -221,6 +228,7 @@ void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group
 // Adds d loss / d lines of points first..end-1 to three gradients, each [N of its axis, C].
 void scatter_lines(const float* xyz, const int32_t* grid, const Group* group, int64_t first, int64_t end,
                    const float* upstream, int64_t width, int32_t sum, float* const* gradients) {
+    const FlushDenormals flush;
     const Group& g = *group;
     for (int64_t k = first; k < end; ++k) {
         const Point point(xyz + 3 * k, grid);
@@ -243,6 +251,7 @@ void scatter_lines(const float* xyz, const int32_t* grid, const Group* group, in
 // Adds d loss / d xyz of points first..end-1 to gradient [K, 3].
 void positions(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups, int64_t first, int64_t end,
                const float* upstream, int64_t width, int32_t sum, float* gradient) {
+    const FlushDenormals flush;
     for (int64_t k = first; k < end; ++k) {
         const Point point(xyz + 3 * k, grid);
         float* to = gradient + 3 * k;

@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "denormals.h"
+
 extern "C" {
 struct Rays {
     const float *origins, *directions;  // [B, 3]
     const float *t_enter, *jitter;      // [B]; jitter may be null
-    float step, low[3], high[3];        // box
+    float step, low[3], high[3], scale[3];  // box; scale: 2 / (high - low)
 };
 
 // Bit dx + 2 dy + 4 dz of a cell is its corner there; see models/alpha_mask.py.
@@ -28,6 +30,12 @@ namespace {
 inline float number_of(const Rays& rays, int64_t ray, float k) { return rays.jitter ? k + rays.jitter[ray] : k; }
 
 inline float t_of(const Rays& rays, int64_t ray, float number) { return rays.t_enter[ray] + rays.step * number; }
+
+// log(1 + e^x), as accurate as log1p and several times faster (Kahan's correction of 1 + e's rounding).
+inline float softplus_of(float x) {
+    const float e = std::exp(x), u = 1 + e;
+    return u == 1 ? e : std::log(u) * (e / (u - 1));
+}
 
 inline bool occupied(const Mask& mask, const float* xyz) {
     int64_t cell[3];
@@ -73,7 +81,7 @@ void march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, 
 // The samples that `live` tells, those of ray r from offsets[r] on.
 void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live, const int64_t* offsets,
                 int64_t n_samples, int64_t first, int64_t end, int64_t* ray_of, float* t_out, float* delta,
-                float* xyz) {
+                float* position) {
     for (int64_t ray = first; ray < end; ++ray) {
         const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
         const int64_t n = candidates[ray + 1] - candidates[ray];
@@ -86,7 +94,8 @@ void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live
             ray_of[at] = ray;
             t_out[at] = t;
             delta[at] = k < n_samples - 1 ? t_of(*rays, ray, following) - t : 0;
-            for (int i = 0; i < 3; ++i) xyz[3 * at + i] = o[i] + d[i] * t;
+            for (int i = 0; i < 3; ++i)
+                position[3 * at + i] = (o[i] + d[i] * t - rays->low[i]) * rays->scale[i] - 1;
             ++at;
         }
     }
@@ -95,12 +104,13 @@ void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live
 // alpha [K] and weights [K] of rays first..end-1 from density features [K].
 void weights_forward(const float* feature, const float* delta, const int64_t* offsets, int64_t first, int64_t end,
                      int32_t softplus, float shift, float scale, float* alpha, float* weights) {
+    const FlushDenormals flush;
     for (int64_t ray = first; ray < end; ++ray) {
         double transmittance = 1;
         for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
             const float x = softplus ? feature[i] + shift : feature[i];
             const float relu = x > 0 ? x : (x == x ? 0 : x);  // NaN stays
-            const float sigma = softplus ? (x > 20 ? x : std::log1p(std::exp(x))) : relu;
+            const float sigma = softplus ? (x > 20 ? x : softplus_of(x)) : relu;
             alpha[i] = 1 - std::exp(-sigma * (delta[i] * scale));
             weights[i] = static_cast<float>(alpha[i] * transmittance);
             transmittance *= 1 - alpha[i] + 1e-10f;
@@ -112,6 +122,7 @@ void weights_forward(const float* feature, const float* delta, const int64_t* of
 void weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
                       const float* weights, const float* upstream, int64_t first, int64_t end, int32_t softplus,
                       float shift, float scale, float* gradient) {
+    const FlushDenormals flush;
     std::vector<float> before;
     for (int64_t ray = first; ray < end; ++ray) {
         const int64_t begin = offsets[ray], n = offsets[ray + 1] - begin;
@@ -139,6 +150,7 @@ void weights_backward(const float* feature, const float* delta, const int64_t* o
 void composite_forward(const float* weights, const float* t, const int64_t* offsets, const int64_t* coloured,
                        int64_t n_coloured, int64_t at, const float* colour, int64_t first, int64_t end, float* rgb,
                        float* opacity, float* distance) {
+    const FlushDenormals flush;
     for (int64_t ray = first; ray < end; ++ray) {
         float sum[3] = {0, 0, 0}, total = 0, far = 0;
         for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
@@ -157,6 +169,7 @@ void composite_forward(const float* weights, const float* t, const int64_t* offs
 void composite_backward(const float* weights, const int64_t* offsets, const int64_t* coloured, int64_t n_coloured,
                         int64_t at, const float* colour, int64_t first, int64_t end, const float* to_rgb,
                         const float* to_opacity, float* to_weights, float* to_colour) {
+    const FlushDenormals flush;
     for (int64_t ray = first; ray < end; ++ray) {
         for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) to_weights[i] = to_opacity[ray];
         for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)

@@ -5,11 +5,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from models.kernels import compiled_adam
+from models.kernels.compiled import libraries
+
 BETAS = (0.9, 0.99)
 
 
 def make_adam(groups: list[dict]) -> torch.optim.Adam:
-    """Adam (betas 0.9, 0.99) over parameter groups with their learning rates; the fused implementation."""
+    """Adam (betas 0.9, 0.99) over parameter groups with their learning rates; a fused implementation."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if compiled_adam.serves(parameters) and libraries() is not None:
+        return compiled_adam.CompiledAdam(groups, betas=BETAS)
     return torch.optim.Adam(groups, betas=BETAS, fused=True)
 
 
