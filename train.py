@@ -25,6 +25,7 @@ from models import FieldConfig, build_field, field_state, restore_field
 from models.field import Field
 from models.files import CHECKPOINT_FORMAT, load_field, write_mesh, write_tensorf
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
+from models.kernels import threads
 from models.optimizers import crop_adam, make_adam
 from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
@@ -364,7 +365,8 @@ class Trainer:
         pause = 0.2 if sys.stderr.isatty() else 30.0
         with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05, mininterval=pause) as bar:
             while self.iteration < self.last_iteration:
-                losses.append(self.step())
+                with threads.taking_over():
+                    losses.append(self.step())
                 self.grow()
                 self.iteration += 1
                 bar.update()

@@ -30,6 +30,7 @@ struct Group {
 namespace {
 
 typedef float V16 __attribute__((vector_size(64)));
+typedef float V8 __attribute__((vector_size(32)));
 typedef float V4 __attribute__((vector_size(16)));
 
 // By memcpy, which compilers turn into one unaligned move: channels begin anywhere.
@@ -68,12 +69,13 @@ struct Sum {
     void operator+=(float v) { single += v; }
     // In halves: a sum one by one would wait for each addition.
     float total() const {
-        float lanes[16];
-        store(lanes, wide);
-        for (int i = 0; i < 4; ++i) lanes[i] += quad[i];
-        for (int half = 8; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-        return lanes[0] + single;
+        V8 halves[2];
+        std::memcpy(halves, &wide, sizeof(wide));
+        halves[0] += halves[1];
+        V4 quarters[2];
+        std::memcpy(quarters, &halves[0], sizeof(V8));
+        const V4 four = quarters[0] + quarters[1] + quad;
+        return (four[0] + four[1]) + (four[2] + four[3]) + single;
     }
 };
 
@@ -86,17 +88,15 @@ struct Axis {
 inline Axis along(float coordinate, int32_t size) {
     const float position = ((coordinate + 1) / 2) * (size - 1);
     const float lower = std::floor(position), upper_share = position - lower, slope = 0.5f * (size - 1);
-    Axis axis{{0, 0}, {0, 0}, {0, 0}};
-    if (lower >= 0 && lower < size) {  // false for NaN as well
-        axis.index[0] = static_cast<int64_t>(lower);
-        axis.share[0] = 1 - upper_share;
-        axis.slope[0] = -slope;
-    }
-    if (lower >= -1 && lower < size - 1) {
-        axis.index[1] = static_cast<int64_t>(lower) + 1;
-        axis.share[1] = upper_share;
-        axis.slope[1] = slope;
-    }
+    const bool low_in = lower >= 0 && lower < size, high_in = lower >= -1 && lower < size - 1;  // false for NaN as well
+    const int32_t index = low_in || high_in ? static_cast<int32_t>(lower) : 0;
+    Axis axis;
+    axis.index[0] = low_in ? index : 0;
+    axis.index[1] = high_in ? index + 1 : 0;
+    axis.share[0] = low_in ? 1 - upper_share : 0;
+    axis.share[1] = high_in ? upper_share : 0;
+    axis.slope[0] = low_in ? -slope : 0;
+    axis.slope[1] = high_in ? slope : 0;
     return axis;
 }
 

@@ -18,53 +18,31 @@ CHUNK = 1 << 10
 _TENSORS = ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias", "mlp.4.weight", "mlp.4.bias")
 
 
-def _encode(into: Tensor, at: int, x: Tensor, n: int) -> tuple[slice, slice]:
-    """Write x's positional encoding (components.encodings) into the columns from `at` on; (sines', cosines') columns."""
-    width = x.shape[1] * n
-    sines, cosines = slice(at, at + width), slice(at + width, at + 2 * width)
-    if width:
-        angles = (x[..., None] * _frequencies(n)).flatten(-2)
-        torch.sin(angles, out=into[:, sines])
-        torch.cos(angles, out=into[:, cosines])
-    return sines, cosines
+class _Inputs:
+    """The network's inputs for a chunk, transposed, [width, n]: features, view, their encodings. So each part lies
+    together in memory, and matrix products take either order."""
 
+    def __init__(self, features: Tensor, view: Tensor, fea_pe: int, view_pe: int) -> None:
+        n, n_features = features.shape
+        widths = [n_features, 3, *[n_features * fea_pe] * 2, *[3 * view_pe] * 2]
+        self.all = features.new_empty(sum(widths), n)
+        self.frequencies = [2.0 ** torch.arange(pe, dtype=features.dtype)[:, None] for pe in (fea_pe, view_pe)]
+        own = self.split = self.all.split(widths)
+        own[0].copy_(features.T)
+        own[1].copy_(view.T)
+        for x, sines, cosines, frequencies in zip(own[:2], own[2::2], own[3::2], self.frequencies, strict=True):
+            # components.encodings: the frequencies of one coordinate follow each other.
+            angles = (x[:, None] * frequencies).flatten(0, 1)
+            torch.sin(angles, out=sines)
+            torch.cos(angles, out=cosines)
 
-def _frequencies(n: int) -> Tensor:
-    return 2.0 ** torch.arange(n, dtype=torch.float32)
-
-
-def _through_encoding(grad: Tensor, encoded: Tensor, sines: slice, cosines: slice, n: int) -> Tensor | float:
-    """d loss / d x [n, D] of what `_encode` wrote."""
-    if sines.start == sines.stop:
-        return 0.0
-    slope = grad[:, sines] * encoded[:, cosines]
-    slope.addcmul_(grad[:, cosines], encoded[:, sines], value=-1)
-    return slope.unflatten(1, (-1, n)).matmul(_frequencies(n))
-
-
-class _Layout:
-    """Columns of the network's input: features, view, their encodings."""
-
-    def __init__(self, n_features: int, fea_pe: int, view_pe: int) -> None:
-        self.n_features, self.fea_pe, self.view_pe = n_features, fea_pe, view_pe
-        self.width = n_features * (1 + 2 * fea_pe) + 3 * (1 + 2 * view_pe)
-
-    def inputs(self, features: Tensor, view: Tensor) -> Tensor:
-        """[n, width]."""
-        x = features.new_empty(len(features), self.width)
-        x[:, : self.n_features] = features
-        x[:, self.n_features : self.n_features + 3] = view
-        self.of_features = _encode(x, self.n_features + 3, features, self.fea_pe)
-        self.of_view = _encode(x, self.of_features[1].stop, view, self.view_pe)
-        return x
-
-    def backward(self, grad: Tensor, x: Tensor, view_too: bool) -> tuple[Tensor, Tensor | None]:
-        """d loss / d (features, view) from d loss / d x."""
-        n = self.n_features
-        to_features = grad[:, :n] + _through_encoding(grad, x, *self.of_features, self.fea_pe)
-        if not view_too:
-            return to_features, None
-        return to_features, grad[:, n : n + 3] + _through_encoding(grad, x, *self.of_view, self.view_pe)
+    def backward(self, number: int, to_all: Tensor) -> Tensor:
+        """d loss / d features (0) or view (1), [n, *], from d loss / d inputs [width, n]."""
+        to_own = to_all.split([part.shape[0] for part in self.split])
+        sines, cosines = self.split[2 + 2 * number], self.split[3 + 2 * number]
+        slope = to_own[2 + 2 * number].mul_(cosines).addcmul_(to_own[3 + 2 * number], sines, value=-1)
+        slope = slope.unflatten(0, (to_own[number].shape[0], -1)) * self.frequencies[number]
+        return (to_own[number] + slope.sum(1)).T
 
 
 def _chunks(number: int) -> list[slice]:
@@ -75,15 +53,15 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pe: tuple[int, int], keep: bool, features: Tensor, view: Tensor, *parameters: Tensor) -> Tensor:
         w1, b1, w2, b2, w3, b3 = parameters
-        n, layout = len(features), _Layout(features.shape[1], *pe)
+        n = len(features)
         rgb = features.new_empty(n, 3)
         hidden = [features.new_empty(n, len(b)) for b in (b1, b2)] if keep else []
 
         def run(part: slice) -> None:
             size = part.stop - part.start
             first, second = (h[part] for h in hidden) if keep else (b.new_empty(size, len(b)) for b in (b1, b2))
-            x = layout.inputs(features[part], view[part])
-            torch.addmm(b1, x, w1.T, out=first).relu_()
+            x = _Inputs(features[part], view[part], *pe)
+            torch.addmm(b1, x.all.T, w1.T, out=first).relu_()
             torch.addmm(b2, first, w2.T, out=second).relu_()
             torch.addmm(b3, second, w3.T, out=rgb[part]).sigmoid_()
 
@@ -97,7 +75,7 @@ class _Network(torch.autograd.Function):
         features, view, rgb, *hidden = ctx.saved_tensors[:5]
         parameters = ctx.saved_tensors[5:]
         w1, _, w2, _, w3, _ = parameters
-        layout, view_too = _Layout(features.shape[1], *ctx.pe), ctx.needs_input_grad[3]
+        view_too = ctx.needs_input_grad[3]
         to_features, to_view = torch.empty_like(features), torch.empty_like(view) if view_too else None
         parts = _chunks(len(features))
         own = [p.new_empty(len(parts), *p.shape) for p in parameters]
@@ -105,7 +83,7 @@ class _Network(torch.autograd.Function):
         def run(number: int, part: slice) -> None:
             first, second = (h[part] for h in hidden)
             ones = features.new_ones(len(first))
-            x = layout.inputs(features[part], view[part])
+            x = _Inputs(features[part], view[part], *ctx.pe)
             to_out = grad[part] * rgb[part] * (1 - rgb[part])
             mine = [gradient[number] for gradient in own]
 
@@ -119,10 +97,11 @@ class _Network(torch.autograd.Function):
             layer(to_second, first, *mine[2:4])
             to_first = to_second @ w2
             _stop_at_zero(to_first, first)
-            layer(to_first, x, *mine[:2])
-            to_features[part], of_view = layout.backward(to_first @ w1, x, view_too)
+            layer(to_first, x.all.T, *mine[:2])
+            to_inputs = w1.T @ to_first.T
+            to_features[part] = x.backward(0, to_inputs)
             if view_too:
-                to_view[part] = of_view
+                to_view[part] = x.backward(1, to_inputs)
 
         threads.together([partial(run, number, part) for number, part in enumerate(parts)])
         return None, None, to_features, to_view, *(gradient.sum(0) for gradient in own)

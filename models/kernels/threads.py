@@ -38,7 +38,8 @@ def taking_over() -> Iterator[None]:
 
 @cache
 def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix="kernels")
+    # OpenMP's number of threads is a setting of each thread; a new one has the machine's cores again.
+    return ThreadPoolExecutor(size, thread_name_prefix="kernels", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def together(calls: Sequence[Callable[[], None]]) -> None:
