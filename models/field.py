@@ -14,7 +14,7 @@ from models import kernels
 from models.alpha_mask import AlphaMask
 from models.chunks import in_chunks
 from models.config import FieldConfig
-from models.kernels import stored_network
+from models.kernels import compiled_network
 from models.shading import build_shading
 
 # Samples whose colours are computed at once: few on a CPU, whose cache they should fit; launches cost more on CUDA.
@@ -143,8 +143,8 @@ class Field(nn.Module):
 
         size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
         features = self.appearance_feature(position)
-        if stored_network.serves(self.renderModule, features, view):
-            return stored_network.shade(self.renderModule, features, view[ray])
+        if compiled_network.serves(self.renderModule, features, view):
+            return compiled_network.shade(self.renderModule, features, view[ray])
         return in_chunks(self.renderModule, size, features, view[ray], position)
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:
