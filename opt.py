@@ -206,6 +206,7 @@ OPTIONS = {
         Option("n_lamb_sigma", list_of(whole(1), "[16,16,16]"), [16, 16, 16], "density components a mode; CP: [96]"),
         Option("n_lamb_sh", list_of(whole(1), "[48,48,48]"), [48, 48, 48], "appearance components a mode; CP: [288]"),
         Option("data_dim_color", whole(1), 27, "length of the appearance feature"),
+        Option("mlp_dtype", one_of("float32", "bfloat16"), "float32", "precision of the colour network's products"),
         Option("fea2denseAct", one_of("softplus", "relu"), "softplus", "density feature to density"),
         Option("density_shift", number(), -10.0, "added to the density feature before softplus"),
         Option("distance_scale", number(above=0), 25.0, "factor on sample distances in alpha = 1 - exp(-sigma d)"),

@@ -107,6 +107,7 @@ def choose_device(name: str) -> torch.device:
         # Tensors name their device with its index; so do we, to compare. Timing events go to the current device.
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     return device
 
 
@@ -144,6 +145,7 @@ def field_config(options: Namespace, scene: Scene) -> FieldConfig:
         near=scene.near,
         far=scene.far,
         ndc=scene.ndc,
+        mlp_dtype=options.mlp_dtype,
     )
 
 

@@ -22,9 +22,7 @@ VARIANTS = ("packed", "twin")
 FIELDS = ("before", "after")
 
 
-def measure(
-    variant: str, field_name: str, n_rays: int, repeats: int, device_name: str, stack: contextlib.ExitStack
-) -> dict:
+def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_name: str) -> dict:
     """One variant on one field, in this process: milliseconds a step by phase (medians) and memory."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -48,7 +46,6 @@ def measure(
     n_samples = training_samples(field.grid_size, field.config.step_ratio, 10**6)
     if variant == "packed":
         optimizer, render = make_adam(field.param_groups(0.02, 1e-3)), field.render
-        stack.enter_context(threads.taking_over())
     else:
         for parameter in field.parameters():  # the reference's layout
             parameter.data = parameter.data.contiguous()
@@ -61,29 +58,31 @@ def measure(
     memory = MemoryMeter(device)
     memory.start()
     times, counts = [], {}
-    for repeat in range(repeats + 1):
-        timer = PhaseTimer(device)
-        clock = time.perf_counter()
-        with timer.phase("forward"):
-            jitter = field.draw_jitter(n_rays, n_samples, generator)
-            out = render(rays, 1.0, jitter, n_samples)
-            loss = (out.rgb - target).square().mean() + l1(field, 1.0)
-        with timer.phase("backward"):
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        with timer.phase("optimizer"):
-            optimizer.step()
-        timer.collect()
-        seconds = time.perf_counter() - clock
-        if repeat:  # the first step warms up
-            times.append({"step": 1000 * seconds, **timer.ms_per_step(1)})
-        n_live = out.n_live if variant == "packed" else out.n_density
-        counts = {"live_per_ray": n_live / n_rays, "colour_per_ray": out.n_colour / n_rays}
-        del out, loss
-        # Training on noise would change how much work a step is: every step starts from the same field.
-        with torch.no_grad():
-            for name, p in field.named_parameters():
-                p.copy_(start[name])
+    takeover = threads.taking_over() if variant == "packed" else contextlib.nullcontext()
+    with takeover:
+        for repeat in range(repeats + 1):
+            timer = PhaseTimer(device)
+            clock = time.perf_counter()
+            with timer.phase("forward"):
+                jitter = field.draw_jitter(n_rays, n_samples, generator)
+                out = render(rays, 1.0, jitter, n_samples)
+                loss = (out.rgb - target).square().mean() + l1(field, 1.0)
+            with timer.phase("backward"):
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            with timer.phase("optimizer"):
+                optimizer.step()
+            timer.collect()
+            seconds = time.perf_counter() - clock
+            if repeat:  # the first step warms up
+                times.append({"step": 1000 * seconds, **timer.ms_per_step(1)})
+            n_live = out.n_live if variant == "packed" else out.n_density
+            counts = {"live_per_ray": n_live / n_rays, "colour_per_ray": out.n_colour / n_rays}
+            del out, loss
+            # Training on noise would change how much work a step is: every step starts from the same field.
+            with torch.no_grad():
+                for name, p in field.named_parameters():
+                    p.copy_(start[name])
     state = [v for values in optimizer.state.values() for v in values.values()]
     memory.close_segment(tensors_mb(state) + (tensors_mb(start.values()) * 2 if device.type == "cuda" else 0.0))
     phases = ("step", "forward", "backward", "optimizer")
@@ -128,9 +127,7 @@ def main() -> None:
     parser.add_argument("--field", choices=FIELDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
-        with contextlib.ExitStack() as stack:
-            case = (options.variant, options.field, options.rays, options.repeats, options.device)
-            print(json.dumps(measure(*case, stack)))
+        print(json.dumps(measure(options.variant, options.field, options.rays, options.repeats, options.device)))
         return
     if options.quick:
         options.repeats, options.rounds = 3, 1

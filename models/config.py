@@ -11,6 +11,7 @@ class FieldConfig:
     density_activation: softplus or relu, of feature + density_shift (softplus only). distance_scale: factor on the
     distances in alpha. step_ratio: step in units of the mean grid spacing. weight_threshold: least weight that gets
     a colour (rm_weight_mask_thre). alpha_threshold: least alpha of the mask. near, far: ray parameter. ndc: as Scene.
+    mlp_dtype: of the colour network's matrix products, float32 or bfloat16.
     """
 
     model_name: str
@@ -31,6 +32,7 @@ class FieldConfig:
     near: float = 2.0
     far: float = 6.0
     ndc: bool = False
+    mlp_dtype: str = "float32"
 
     def to_dict(self) -> dict:
         """Plain values; tuples as lists."""

@@ -3,6 +3,8 @@
 Letters: B rays, K live samples, Kc coloured samples, xyz world positions. How it grows is in models/growth.py.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -44,13 +46,24 @@ class Field(nn.Module):
         n_products = sum(config.n_appearance) if config.model_name == "TensorVMSplit" else config.n_appearance[0]
         self.basis_mat = nn.Linear(n_products, config.n_features, bias=False)
         self.renderModule = build_shading(
-            config.shading, config.n_features, config.view_pe, config.fea_pe, config.pos_pe, config.hidden
+            config.shading,
+            config.n_features,
+            config.view_pe,
+            config.fea_pe,
+            config.pos_pe,
+            config.hidden,
+            config.mlp_dtype,
         )
         self.select_kernels()
 
     def select_kernels(self) -> None:
         """Choose the kernels that suit the device on which the parameters lie."""
         self.kernels = kernels.select(self.aabb.device)
+
+    def set_mlp_dtype(self, name: str) -> None:
+        """The colour network's matrix products in float32 or bfloat16; parameters stay as they are."""
+        self.config = replace(self.config, mlp_dtype=name)
+        self.renderModule.dtype = getattr(torch, name)
 
     def build_factors(self) -> None:
         """Create the factors for `self.grid_size`."""
@@ -122,8 +135,7 @@ class Field(nn.Module):
         """
         c, rendering = self.config, self.kernels.rendering
         samples = self.march(rays, jitter, n_samples or self.n_samples)
-        feature = self.density_feature(samples.position)
-        weights = rendering.ray_weights(feature, samples, c.density_activation, c.density_shift, c.distance_scale)
+        weights = self.weights(samples)
         coloured = (weights > c.weight_threshold).nonzero()[:, 0]
         view = rays.directions
         if c.ndc:
@@ -133,6 +145,14 @@ class Field(nn.Module):
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
         depth = distance + (1.0 - opacity.detach()) * c.far
         return RenderOutput(rgb, opacity, depth, len(samples), coloured.shape[0])
+
+    def weights(self, samples: Samples) -> Tensor:
+        """What each sample contributes to its ray's colour, [K]."""
+        c, fused = self.config, self.kernels.weights_until_opaque
+        activation = (c.density_activation, c.density_shift, c.distance_scale)
+        if fused is not None and not torch.is_grad_enabled():
+            return fused(*self.density_factors(), samples, *activation)
+        return self.kernels.rendering.ray_weights(self.density_feature(samples.position), samples, *activation)
 
     def colours(self, position: Tensor, view: Tensor, ray: Tensor) -> Tensor:
         """rgb [Kc, 3] at normalised positions [Kc, 3], seen along the unit directions view[ray]; view [B, 3].

@@ -66,6 +66,7 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
             f"{path} holds another field than the options ask for: give {', '.join(differing)}, or another checkpoint "
             "(if it is this run's own: remove it, or --overwrite the run)"
         )
+    field.set_mlp_dtype(wanted.mlp_dtype)
     return field, state
 
 

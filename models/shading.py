@@ -24,13 +24,20 @@ class _NetworkShading(nn.Module):
             nn.Linear(hidden, 3),
         )
         nn.init.zeros_(self.mlp[4].bias)
+        self.dtype = torch.float32  # of the matrix products; parameters and results are float32
 
     def inputs(self, features: Tensor, view: Tensor, position: Tensor) -> list[Tensor]:
         """The parts of the network's input, each [K, *]."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, view: Tensor, position: Tensor) -> Tensor:
-        return torch.sigmoid(self.mlp(torch.cat(self.inputs(features, view, position), dim=-1)))
+        x = torch.cat(self.inputs(features, view, position), dim=-1)
+        if self.dtype == torch.float32:
+            return torch.sigmoid(self.mlp(x))
+        # Without the cache of casts, which threads would share.
+        with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            out = self.mlp(x)
+        return torch.sigmoid(out.float())
 
 
 class FeatureNetwork(_NetworkShading):
@@ -102,6 +109,11 @@ SHADINGS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_shading(mode: str, n_features: int, view_pe: int, fea_pe: int, pos_pe: int, hidden: int) -> nn.Module:
-    """The shading called `mode`; pe are numbers of frequencies, hidden the units of a layer."""
-    return SHADINGS[mode](n_features, view_pe, fea_pe, pos_pe, hidden)
+def build_shading(
+    mode: str, n_features: int, view_pe: int, fea_pe: int, pos_pe: int, hidden: int, dtype: str = "float32"
+) -> nn.Module:
+    """The shading called `mode`; pe are numbers of frequencies, hidden the units of a layer, dtype that of a network's
+    matrix products."""
+    shading = SHADINGS[mode](n_features, view_pe, fea_pe, pos_pe, hidden)
+    shading.dtype = getattr(torch, dtype)
+    return shading

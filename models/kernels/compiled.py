@@ -42,7 +42,7 @@ def _built(name: str) -> Path:
         raise OSError(f"none of {', '.join(COMPILERS)} is installed")
     source, flags = Path(__file__).with_name(f"{name}.cpp"), (*FLAGS, *OWN_FLAGS[name])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    text = [path.read_text(encoding="utf-8") for path in (source, source.with_name("denormals.h"))]
+    text = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
     identity = "\n".join([*text, version, " ".join(flags), _cpu()])
     path = _cache_folder() / f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.exists():

@@ -13,13 +13,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from models.kernels import gather_lookups, threads
+from components.marching import Samples
+from models.kernels import gather_lookups, threads, torch_rendering
 from models.kernels.compiled import libraries
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 
 # Points whose products are multiplied by the basis at once; points whose d loss / d products is held at once; work too
 # small to share out; every so many points are looked at to share out a plane's rows.
 _CHUNK, _BLOCK, _ALONE, _EVERY = 1 << 10, 1 << 14, 1 << 9, 16
+# Rays that are too few to share out; the light that is left behind which nothing is looked up in evaluations.
+_RAYS_ALONE, _OPAQUE = 1 << 6, 1e-7
 
 
 class _Table(ctypes.Structure):
@@ -212,6 +215,29 @@ class _Projected(torch.autograd.Function):
 
 def _chunks(first: int, end: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, end)) for start in range(first, end, _CHUNK)]
+
+
+def weights_until_opaque(
+    planes: list[Tensor], lines: list[Tensor], samples: Samples, activation: str, shift: float, scale: float
+) -> Tensor:
+    """Weights [K] without gradients, as ray_weights of the density's features (planes are empty for CP), but what lies
+    behind 1 - 1e-7 of a ray's opacity, float32's rounding of 1, is not looked up."""
+    axes, factors = _vm_order(planes, lines) if planes else (_CP_AXES, lines)
+    if not _serves(samples.position, factors):
+        features = gather_lookups.vm_density(planes, lines, samples.position) if planes else None
+        features = gather_lookups.cp_density(lines, samples.position) if features is None else features
+        return torch_rendering.ray_weights(features, samples, activation, shift, scale)
+    factors = [factor.detach().contiguous(memory_format=torch.channels_last) for factor in factors]
+    call, weights = _Call(axes, factors, None), torch.empty_like(samples.t)
+    given = (_at(samples.position), call.grid, call.groups, len(call.groups), _at(samples.delta), _at(samples.offsets))
+    ends = (activation == "softplus", *map(ctypes.c_float, (shift, scale, _OPAQUE)), _at(weights))
+    threads.together(
+        [
+            partial(_library().weights_until_opaque, *given, *map(ctypes.c_int64, part), *ends)
+            for part in threads.parts(samples.n_rays, _RAYS_ALONE)
+        ]
+    )
+    return weights
 
 
 def _serves(xyz: Tensor, factors: Sequence[Tensor]) -> bool:

@@ -98,6 +98,7 @@ def serves(module: torch.nn.Module, *inputs: Tensor) -> bool:
     parameters = list(module.parameters())
     return (
         type(module).__name__ == "FeatureNetwork"
+        and module.dtype == torch.float32
         and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (*inputs, *parameters))
         and all(parameter.requires_grad for parameter in parameters)
         and libraries() is not None

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "denormals.h"
+#include "density.h"
 
 extern "C" {
 struct Table {
@@ -178,6 +179,26 @@ void products(const float* xyz, const int32_t* grid, const Group* groups, int32_
         for (int g = 0; g < n_groups; ++g) {
             float* row = out + k * width + groups[g].offset;
             product_of(groups[g], point, grid, [&](auto product, int64_t c) { store(row + c, product); });
+        }
+    }
+}
+
+// Weights [K] of the samples of rays first..end-1, whose k-th begin at offsets[ray]; behind the sample at which the
+// light that is left falls below `least`, nothing is looked up and all weights are 0.
+void weights_until_opaque(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups,
+                          const float* delta, const int64_t* offsets, int64_t first, int64_t end, int32_t softplus,
+                          float shift, float scale, float least, float* weights) {
+    const FlushDenormals flush;
+    for (int64_t ray = first; ray < end; ++ray) {
+        double transmittance = 1;
+        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
+            weights[i] = 0;
+            if (transmittance < least) continue;
+            const Point point(xyz + 3 * i, grid);
+            const float feature = summed_product(groups, n_groups, point, grid);
+            const float alpha = alpha_of(feature, delta[i] * scale, softplus, shift);
+            weights[i] = static_cast<float>(alpha * transmittance);
+            transmittance *= 1 - alpha + 1e-10f;
         }
     }
 }

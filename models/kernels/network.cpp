@@ -33,14 +33,13 @@ inline V load(const float* from) {
 
 inline void store(float* to, V value) { std::memcpy(to, &value, sizeof(V)); }
 
+// Sums over all samples are sums of tiles' sums, here and below: one long float32 sum would lose two digits.
 // C[m, n] += A B over `depth`, where A(i, k) = a[i * row + k * column]; n a multiple of UNIT, m of ROWS.
 void product(float* c, int64_t c_row, const float* a, int64_t row, int64_t column, const float* b, int64_t b_row,
              int64_t m, int64_t n, int64_t depth) {
     for (int64_t j = 0; j < n; j += 2 * LANES)
         for (int64_t i = 0; i < m; i += ROWS) {
-            V sum[ROWS][2];
-            for (int r = 0; r < ROWS; ++r)
-                for (int h = 0; h < 2; ++h) sum[r][h] = load(c + (i + r) * c_row + j + h * LANES);
+            V sum[ROWS][2] = {};
             const float *left = a + i * row, *right = b + j;
             for (int64_t k = 0; k < depth; ++k, left += column, right += b_row) {
                 const V first = load(right), second = load(right + LANES);
@@ -50,7 +49,10 @@ void product(float* c, int64_t c_row, const float* a, int64_t row, int64_t colum
                 }
             }
             for (int r = 0; r < ROWS; ++r)
-                for (int h = 0; h < 2; ++h) store(c + (i + r) * c_row + j + h * LANES, sum[r][h]);
+                for (int h = 0; h < 2; ++h) {
+                    float* to = c + (i + r) * c_row + j + h * LANES;
+                    store(to, load(to) + sum[r][h]);
+                }
         }
 }
 
@@ -171,9 +173,9 @@ inline void stop_at_zero(std::vector<float>& gradient, const float* activation) 
 
 inline void add_rows(float* to, const std::vector<float>& rows, int64_t width) {
     for (int64_t c = 0; c < width; c += LANES) {
-        V sum = load(to + c);
+        V sum{};
         for (int64_t s = 0; s < TILE; ++s) sum += load(&rows[s * width + c]);
-        store(to + c, sum);
+        store(to + c, load(to + c) + sum);
     }
 }
 
@@ -223,16 +225,25 @@ void network_backward(const Network* net, const float* features, const float* vi
             one = tile.first.data(), two = tile.second.data();
         }
         std::fill(tile.to_second.begin(), tile.to_second.end(), 0);  // also for samples beyond the last
-        for (int64_t s = 0; s < n; ++s)
-            for (int o = 0; o < 3; ++o) {
-                const float value = rgb[(at + s) * 3 + o], to_out = to_rgb[(at + s) * 3 + o] * value * (1 - value);
-                to_b3[o] += to_out;
-                for (int64_t k = 0; k < H; k += LANES) {
-                    float *to_weight = to_w3 + o * H + k, *to_hidden = &tile.to_second[s * H + k];
-                    store(to_weight, load(to_weight) + to_out * load(two + s * H + k));
-                    store(to_hidden, load(to_hidden) + to_out * load(net->w3 + o * H + k));
-                }
+        for (int o = 0; o < 3; ++o) {
+            float to_out[TILE], sum = 0;
+            for (int64_t s = 0; s < n; ++s) {
+                const float value = rgb[(at + s) * 3 + o];
+                to_out[s] = to_rgb[(at + s) * 3 + o] * value * (1 - value);
+                sum += to_out[s];
             }
+            to_b3[o] += sum;
+            for (int64_t k = 0; k < H; k += LANES) {
+                const V weight = load(net->w3 + o * H + k);
+                V to_weight{};
+                for (int64_t s = 0; s < n; ++s) {
+                    float* to_hidden = &tile.to_second[s * H + k];
+                    to_weight += to_out[s] * load(two + s * H + k);
+                    store(to_hidden, load(to_hidden) + to_out[s] * weight);
+                }
+                store(to_w3 + o * H + k, load(to_w3 + o * H + k) + to_weight);
+            }
+        }
         stop_at_zero(tile.to_second, two);
         product(to_w2, H, tile.to_second.data(), 1, H, one, H, H, H, TILE);
         add_rows(to_b2, tile.to_second, H);

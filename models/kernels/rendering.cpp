@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "denormals.h"
+#include "density.h"
 
 extern "C" {
 struct Rays {
@@ -30,12 +31,6 @@ namespace {
 inline float number_of(const Rays& rays, int64_t ray, float k) { return rays.jitter ? k + rays.jitter[ray] : k; }
 
 inline float t_of(const Rays& rays, int64_t ray, float number) { return rays.t_enter[ray] + rays.step * number; }
-
-// log(1 + e^x), as accurate as log1p and several times faster (Kahan's correction of 1 + e's rounding).
-inline float softplus_of(float x) {
-    const float e = std::exp(x), u = 1 + e;
-    return u == 1 ? e : std::log(u) * (e / (u - 1));
-}
 
 inline bool occupied(const Mask& mask, const float* xyz) {
     int64_t cell[3];
@@ -108,10 +103,7 @@ void weights_forward(const float* feature, const float* delta, const int64_t* of
     for (int64_t ray = first; ray < end; ++ray) {
         double transmittance = 1;
         for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
-            const float x = softplus ? feature[i] + shift : feature[i];
-            const float relu = x > 0 ? x : (x == x ? 0 : x);  // NaN stays
-            const float sigma = softplus ? (x > 20 ? x : softplus_of(x)) : relu;
-            alpha[i] = 1 - std::exp(-sigma * (delta[i] * scale));
+            alpha[i] = alpha_of(feature[i], delta[i] * scale, softplus, shift);
             weights[i] = static_cast<float>(alpha[i] * transmittance);
             transmittance *= 1 - alpha[i] + 1e-10f;
         }
