@@ -36,7 +36,7 @@ from utils.device import device_name
 from utils.errors import CheckpointError, OptionError, SceneError, UserError
 from utils.images import error_map, heat_map, save_png, side_by_side, to_uint8
 from utils.logs import RunLog
-from utils.memory import MemoryMeter, tensors_mb
+from utils.memory import MemoryMeter, keep_freed_memory, tensors_mb
 from utils.run_folder import atomic_file, git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
 from utils.seeds import make_generator
 from utils.stages import StageTotals, stage_of
@@ -74,6 +74,8 @@ def run(options: Namespace, stop_after: float = math.inf) -> dict:
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
+    if device.type == "cpu":
+        keep_freed_memory()
     memory = MemoryMeter(device)
     memory.start()
     scenes = {split: load_split(options, split) for split in ("train", "test")}

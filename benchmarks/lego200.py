@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--strategies", default="full")
     parser.add_argument("--save_dir", default=None, help="where to keep the runs; default: a temporary folder")
+    parser.add_argument("--prefix", default="lego200", help="of the JSON files' names; another one keeps these")
     own, rest = parser.parse_known_args()
     save_dir = own.save_dir or tempfile.mkdtemp(prefix="lego200_")
     for variant in parse_variants(own.strategies):
@@ -50,10 +51,10 @@ def main() -> None:
             if not (folder / "results.json").exists():
                 train_isolated(o)
             runs.append(read_json(folder / "results.json"))
-        write_report(variant.tag, runs)
+        write_report(variant.tag, runs, own.prefix)
 
 
-def write_report(tag: str, runs: list[dict]) -> None:
+def write_report(tag: str, runs: list[dict], prefix: str = "lego200") -> None:
     """The runs of one entry as JSON, and a line about them."""
     psnr = [run["psnr"] for run in runs]
     report = {
@@ -68,7 +69,7 @@ def write_report(tag: str, runs: list[dict]) -> None:
         "runs": [{key: run.get(key) for key in KEYS.split()} for run in runs],
     }
     kind = "cpu" if "CPU" in report["device"] else "cuda"
-    path = ROOT / "benchmarks" / "results" / f"lego200_{tag}_{kind}.json"
+    path = ROOT / "benchmarks" / "results" / f"{prefix}_{tag}_{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     seconds = statistics.mean(run["train_seconds"] for run in runs)

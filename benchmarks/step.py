@@ -33,7 +33,7 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     from models.kernels import threads
     from models.optimizers import make_adam
     from tests.reference import dense_render
-    from utils.memory import MemoryMeter, tensors_mb
+    from utils.memory import MemoryMeter, keep_freed_memory, tensors_mb
     from utils.seeds import make_generator
     from utils.timing import PhaseTimer
 
@@ -45,6 +45,8 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     l1 = L1Density(4e-5)
     n_samples = training_samples(field.grid_size, field.config.step_ratio, 10**6)
     if variant == "packed":
+        if device.type == "cpu":
+            keep_freed_memory()  # as train.py
         optimizer, render = make_adam(field.param_groups(0.02, 1e-3)), field.render
     else:
         for parameter in field.parameters():  # the reference's layout

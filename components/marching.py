@@ -74,9 +74,10 @@ def normalise(xyz: Tensor, aabb: Tensor) -> Tensor:
 def candidate_counts(t_enter: Tensor, t_exit: Tensor, step: float, n_samples: int) -> Tensor:
     """[B] int64: how many sample numbers k = 0, 1, ... of each ray may lie before t_exit, at most n_samples.
 
-    One more than exact arithmetic needs, so that rounding never loses a sample; the inside test removes it.
+    One more than exact arithmetic needs, so that rounding never loses a sample; the inside test removes it. None of a
+    ray that is NaN.
     """
-    return (torch.floor((t_exit - t_enter) / step) + 2).clamp(0, n_samples).long()
+    return (torch.floor((t_exit - t_enter) / step) + 2).nan_to_num(0.0).clamp(0, n_samples).long()
 
 
 def expand_counts(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,3 +194,18 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {key}")
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed, up to blocks of 32 MB, for the next step (glibc; elsewhere nothing happens).
+
+    Otherwise every step gives its tensors' memory back to the system and gets it again a page at a time: a tenth of
+    the time of a short step on a CPU.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another libc, another system
+        return
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 2**31 - 1)

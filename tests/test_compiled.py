@@ -1,0 +1,331 @@
+"""The CPU's compiled marching, weights, compositing, network and Adam against torch's; threads; early stop."""
+
+import copy
+import ctypes
+
+import pytest
+import torch
+from torch import nn
+
+from components import compositing, marching
+from components.types import Rays
+from models.chunks import in_chunks
+from models.kernels import compiled_adam, compiled_network, compiled_rendering, threads
+from models.kernels.compiled import libraries
+from models.shading import build_shading
+from tests.helpers import random_field, random_rays
+
+pytestmark = pytest.mark.skipif(libraries() is None, reason="no compiler here")
+N_THREADS = [1, 2, 5]
+
+
+@pytest.fixture(params=N_THREADS)
+def n_threads(request, monkeypatch):
+    monkeypatch.setattr(threads, "_taken", request.param)
+    return request.param
+
+
+def close(ours, definition, tolerance=1e-5):
+    """Within `tolerance` of the array's largest magnitude."""
+    assert ours.shape == definition.shape
+    if ours.numel():
+        scale = definition.abs().max().clamp_min(1e-30)
+        assert ((ours - definition).abs().max() / scale) < tolerance
+
+
+# --- marching ---
+def marched(module, seed, n_rays, masked, jittered, rays=None):
+    field = random_field(seed, masked=masked)
+    rays = random_rays(seed, n_rays) if rays is None else rays
+    jitter = torch.rand(len(rays), 1, generator=torch.Generator().manual_seed(seed)) if jittered else None
+    return module.march_box(rays, field.aabb, 0.1, 6.0, field.step, 90, jitter, field.alpha_mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("jittered", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_marching_keeps_exactly_the_definitions_samples(seed, masked, jittered, n_threads):
+    ours, definition = (marched(m, seed, 300, masked, jittered) for m in (compiled_rendering, marching))
+    assert len(ours) > 500
+    for name in ("ray", "t", "delta", "position", "offsets"):
+        assert torch.equal(getattr(ours, name), getattr(definition, name)), name
+
+
+def test_no_rays_and_rays_that_miss_have_no_samples():
+    nothing = Rays(torch.zeros(0, 3), torch.zeros(0, 3))
+    away = Rays(torch.full((5, 3), 50.0), torch.tensor([[0.0, 0.0, 1.0]]).expand(5, 3))
+    for rays in (nothing, away):
+        samples = marched(compiled_rendering, 0, 0, True, False, rays)
+        assert len(samples) == 0
+        assert samples.offsets.tolist() == [0] * (len(rays) + 1)
+
+
+def test_rays_that_are_no_numbers_have_no_samples_and_disturb_no_other():
+    rays = random_rays(1, 50)
+    broken = rays.origins.clone()
+    broken[7] = float("nan")
+    ours = marched(compiled_rendering, 1, 50, True, False, Rays(broken, rays.directions))
+    whole = marched(compiled_rendering, 1, 50, True, False, rays)
+    assert not (ours.ray == 7).any()
+    assert torch.equal(ours.t[ours.ray != 7], whole.t[whole.ray != 7])
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_samples_follow_their_rays_gradient_as_in_the_definition(detach):
+    gradients = []
+    for module in (compiled_rendering, marching):
+        plain = random_rays(2, 80)
+        leaves = [plain.origins.clone().requires_grad_(), plain.directions.clone().requires_grad_()]
+        samples = marched(module, 2, 80, True, True, Rays(*leaves, detach_samples=detach))
+        assert samples.position.requires_grad != detach
+        if not detach:
+            upstream = torch.linspace(-1, 1, samples.position.numel()).view_as(samples.position)
+            gradients.append(torch.autograd.grad((samples.position * upstream).sum(), leaves))
+    for ours, definition in zip(*gradients, strict=True) if gradients else ():
+        assert torch.equal(ours, definition)
+
+
+# --- weights and compositing ---
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_and_colours_of_rays_equal_the_definition_forward_and_backward(activation, seed, n_threads):
+    samples = marched(marching, seed, 200, True, True)
+    generator = torch.Generator().manual_seed(seed)
+    start = 6 * torch.randn(len(samples), generator=generator)
+    results = []
+    for module in (compiled_rendering, compositing):
+        feature = start.clone().requires_grad_()
+        weights = module.ray_weights(feature, samples, activation, -1.0, 25.0)
+        coloured = (weights > 1e-3).nonzero()[:, 0] if not results else results[0][-1]
+        colour = torch.rand(len(coloured), 3, generator=torch.Generator().manual_seed(9)).requires_grad_()
+        rgb, opacity, distance = module.composite(weights, samples, coloured, colour)
+        assert not distance.requires_grad
+        upstream = torch.linspace(-1, 1, 800).view(200, 4)
+        loss = (torch.cat([rgb, opacity[:, None]], 1) * upstream).sum()
+        results.append([weights, rgb, opacity, distance, *torch.autograd.grad(loss, [feature, colour]), coloured])
+    assert len(results[0][-1]) > 100
+    for ours, definition in zip(results[0][:-1], results[1][:-1], strict=True):
+        close(ours, definition)
+
+
+def test_features_that_are_no_numbers_stay_visible_in_the_weights():
+    samples = marched(marching, 0, 50, False, False)
+    feature = torch.zeros(len(samples))
+    feature[3] = float("nan")
+    for activation in ("softplus", "relu"):
+        weights = compiled_rendering.ray_weights(feature, samples, activation, 0.0, 25.0)
+        assert weights[3].isnan()
+        assert weights[samples.ray != samples.ray[3]].isfinite().all()
+
+
+@pytest.mark.parametrize("model_name", ["TensorVMSplit", "TensorCP"])
+@pytest.mark.parametrize("ndc", [False, True])
+def test_evaluations_that_stop_behind_opaque_samples_show_the_same_picture(model_name, ndc, n_threads):
+    field, rays = random_field(4, model_name=model_name, ndc=ndc), random_rays(4, 200, ndc)
+    with torch.no_grad():
+        for line in field.density_line:
+            line.mul_(30.0)  # many rays become opaque
+        fast = field.render(rays, 1.0)
+    whole = field.render(rays, 1.0)
+    assert (whole.opacity > 0.999).any()
+    assert fast.n_live == whole.n_live
+    for name in ("rgb", "opacity", "depth"):
+        torch.testing.assert_close(getattr(fast, name), getattr(whole, name).detach(), rtol=1e-5, atol=2e-6)
+
+
+def test_nothing_is_looked_up_behind_an_opaque_sample():
+    field, rays = random_field(4, masked=False), random_rays(4, 100)
+    with torch.no_grad():
+        for factor in (*field.density_plane, *field.density_line):
+            factor.copy_(torch.full_like(factor, 5.0))
+        samples = field.march(rays, None, 90)
+        weights = field.weights(samples)
+    first = samples.offsets[:-1][samples.offsets.diff() > 1]
+    assert (weights[first] > 0.99999).all()
+    assert not weights[first + 1].any()
+
+
+# --- the network ---
+SHAPES = [(27, 2, 2, 128, 5000), (27, 2, 2, 64, 3), (5, 0, 3, 100, 129), (12, 6, 0, 40, 64), (1, 1, 1, 1, 1)]
+
+
+def shaded(shade, n_features, view_pe, fea_pe, hidden, n, scale=3.0):
+    """(rgb, gradients of features, view and all parameters)."""
+    torch.manual_seed(n)
+    module = build_shading("MLP_Fea", n_features, view_pe, fea_pe, 0, hidden)
+    features = (scale * torch.randn(n, n_features)).requires_grad_()
+    view = nn.functional.normalize(torch.randn(n, 3), dim=-1).requires_grad_()
+    rgb = shade(module, features, view)
+    return [rgb, *torch.autograd.grad((rgb * torch.randn(n, 3)).sum(), [features, view, *module.parameters()])]
+
+
+def test_random_numbers_of_the_tests_leave_the_global_state_alone():
+    before = torch.random.get_rng_state()
+    with torch.random.fork_rng():
+        shaded(compiled_network.shade, 5, 1, 1, 8, 4)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_network_equals_the_module_forward_and_backward(shape, n_threads):
+    with torch.random.fork_rng():
+        ours = shaded(compiled_network.shade, *shape)
+        definition = shaded(lambda module, features, view: module(features, view, view), *shape)
+    for a, b in zip(ours, definition, strict=True):
+        close(a, b)
+
+
+def test_the_number_of_threads_changes_no_bit_of_the_network(monkeypatch):
+    results = []
+    for n in (1, 2, 3, 2):
+        monkeypatch.setattr(threads, "_taken", n)
+        with torch.random.fork_rng():
+            results.append(shaded(compiled_network.shade, 27, 2, 2, 128, 20_000))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_angles_of_any_size_and_features_that_are_no_numbers_are_taken():
+    with torch.random.fork_rng():
+        ours = shaded(compiled_network.shade, 27, 2, 2, 128, 300, scale=1e5)
+        definition = shaded(lambda module, features, view: module(features, view, view), 27, 2, 2, 128, 300, scale=1e5)
+    close(ours[0], definition[0], 1e-4)
+    module = build_shading("MLP_Fea", 4, 1, 1, 0, 8)
+    features = torch.zeros(3, 4)
+    features[1, 2] = float("nan")
+    with torch.no_grad():
+        rgb = compiled_network.shade(module, features, torch.zeros(3, 3))
+    assert rgb[1].isnan().all()
+    assert rgb[[0, 2]].isfinite().all()
+
+
+def test_the_network_takes_no_samples():
+    with torch.random.fork_rng():
+        results = shaded(compiled_network.shade, 27, 2, 2, 128, 0)
+    assert results[0].shape == (0, 3)
+    assert not any(gradient.any() for gradient in results[3:])
+
+
+def test_only_what_the_library_computes_is_given_to_it():
+    features, view = torch.zeros(2, 27), torch.zeros(2, 3)
+    module = build_shading("MLP_Fea", 27, 2, 2, 0, 16)
+    assert compiled_network.serves(module, features, view)
+    assert not compiled_network.serves(module, features.double(), view)
+    assert not compiled_network.serves(build_shading("MLP", 27, 2, 2, 0, 16), features, view)
+    assert not compiled_network.serves(build_shading("MLP_Fea", 27, 2, 2, 0, 16, "bfloat16"), features, view)
+    module.mlp[0].weight.requires_grad_(False)
+    assert not compiled_network.serves(module, features, view)
+
+
+# --- bfloat16 ---
+def test_bfloat16_changes_colours_a_little_and_every_parameter_still_learns():
+    field, rays = random_field(5), random_rays(5, 200)
+    exact = field.render(rays, 1.0).rgb.detach()
+    field.set_mlp_dtype("bfloat16")
+    out = field.render(rays, 1.0)
+    difference = (out.rgb - exact).abs().max()
+    assert 0 < difference < 0.02
+    out.rgb.sum().backward()
+    for parameter in field.renderModule.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert parameter.grad.any()
+
+
+# --- Adam ---
+def adam_steps(kind, shape, steps=4):
+    generator = torch.Generator().manual_seed(1)
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    start = torch.randn(*shape, generator=generator).contiguous(memory_format=layout)
+    parameter = nn.Parameter(start)
+    optimizer = kind([{"params": [parameter], "lr": 0.02}], betas=(0.9, 0.99))
+    for _ in range(steps):
+        parameter.grad = torch.randn(*shape, generator=generator)
+        optimizer.step()
+    return parameter, optimizer
+
+
+@pytest.mark.parametrize("shape", [(3,), (700, 500), (1, 16, 30, 41), (1, 5, 9, 1)], ids=str)
+def test_adam_takes_torchs_steps(shape, n_threads):
+    (ours, optimizer), (definition, torchs) = (
+        adam_steps(k, shape) for k in (compiled_adam.CompiledAdam, torch.optim.Adam)
+    )
+    close(ours.detach(), definition.detach(), 3e-6)
+    for key in ("exp_avg", "exp_avg_sq"):
+        close(optimizer.state[ours][key], torchs.state[definition][key], 1e-6)
+        assert optimizer.state[ours][key].stride() == ours.stride()
+    assert optimizer.state[ours]["step"] == 4
+
+
+def test_adams_state_is_torchs_and_can_go_on_there():
+    ours, optimizer = adam_steps(compiled_adam.CompiledAdam, (1, 16, 30, 41))
+    definition, torchs = adam_steps(torch.optim.Adam, (1, 16, 30, 41))
+    torchs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        definition.copy_(ours)
+    for parameter, its in ((ours, optimizer), (definition, torchs)):
+        parameter.grad = torch.ones_like(parameter)
+        its.step()
+    close(ours.detach(), definition.detach(), 3e-6)
+
+
+def test_adam_leaves_what_has_no_gradient_alone():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = compiled_adam.CompiledAdam([parameter])
+    optimizer.step()
+    assert parameter.tolist() == [1.0] * 3
+    assert not optimizer.state
+
+
+# --- threads ---
+def test_every_call_runs_once_in_some_thread_with_the_callers_gradient_mode(n_threads):
+    seen = []
+    with torch.no_grad():
+        threads.together([lambda n=n: seen.append((n, torch.is_grad_enabled())) for n in range(50)])
+    assert sorted(seen) == [(n, False) for n in range(50)]
+
+
+def test_an_error_in_a_share_is_raised(n_threads):
+    def fail():
+        raise ValueError("a share")
+
+    with pytest.raises(ValueError, match="a share"):
+        threads.together([lambda: None, fail, lambda: None])
+
+
+def test_taking_over_gives_torch_one_thread_and_its_own_back_afterwards():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with threads.taking_over():
+            assert (torch.get_num_threads(), threads.count()) == (1, 3)
+            with threads.taking_over():
+                assert threads.count() == 3
+            assert torch.get_num_threads() == 1
+        assert (torch.get_num_threads(), threads.count()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [0, 1, 9, 10, 11, 1000])
+def test_parts_cover_everything_once(number, n_threads):
+    parts = threads.parts(number, 10)
+    assert [n for first, end in parts for n in range(first, end)] == list(range(number))
+    assert len(parts) <= n_threads
+
+
+def test_chunks_side_by_side_equal_the_whole(n_threads):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(1000, 4, requires_grad=True)
+    whole, parts = module(x), in_chunks(module, 64, x)
+    torch.testing.assert_close(parts, whole)
+    inputs = [x, *module.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (parts, whole)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_structures_have_the_sizes_of_the_compilers():
+    # ctypes lays structures out as C does; a field forgotten on one side would shift all that follow.
+    assert ctypes.sizeof(compiled_rendering._Rays) == 4 * 8 + 10 * 4
+    assert ctypes.sizeof(compiled_rendering._Mask) == 8 + 3 * 8 + 6 * 4 + 8
+    assert ctypes.sizeof(compiled_network._Network) == 12 * 8
