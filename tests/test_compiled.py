@@ -251,7 +251,7 @@ def test_adam_takes_torchs_steps(shape, n_threads):
     )
     close(ours.detach(), definition.detach(), 3e-6)
     for key in ("exp_avg", "exp_avg_sq"):
-        close(optimizer.state[ours][key], torchs.state[definition][key], 1e-6)
+        close(optimizer.state[ours][key], torchs.state[definition][key], 3e-6)
         assert optimizer.state[ours][key].stride() == ours.stride()
     assert optimizer.state[ours]["step"] == 4
 
