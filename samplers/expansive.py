@@ -29,6 +29,8 @@ class ExpansiveSampler:
         if without:
             self._n_anchors = self.n_rays if self._total_anchors else 0
             say(f"warning: the training images have {without[0]} (expansive)")
+        elif options.es_beta_a > 0 and self._n_anchors == 0:
+            say(f"warning: {self.n_rays} rays a step at --es_beta_a {options.es_beta_a:g} leave no anchor (expansive)")
 
     @property
     def n_rays(self) -> int:
@@ -38,20 +40,23 @@ class ExpansiveSampler:
     def _find_anchors(self) -> None:
         starts = self._kept.image_starts(self._scene.n_images)
 
-        def find(image: int) -> np.ndarray:
+        def find(image: int) -> tuple[np.ndarray, bool]:
             grey = grey_8bit(self._scene.images[image].cpu().numpy())
             random = np.random.default_rng((self._key, image))
-            return self._kept.ranks_in_image(image, anchor_pixels(grey, self._options.es_search, random), starts)
+            pixels = anchor_pixels(grey, self._options.es_search, random)
+            return self._kept.ranks_in_image(image, pixels, starts), len(pixels) > 0
 
-        anchors = in_threads(find, self._scene.n_images, "anchors of images", "image")
+        anchors, has_edges = zip(*in_threads(find, self._scene.n_images, "anchors of images", "image"), strict=True)
         ranks = np.concatenate(anchors)
         before = ranks - np.arange(len(ranks))
         kind = np.int32 if self._kept.count < 2**31 else np.int64
         self._before = torch.from_numpy(before.astype(kind)).to(self._scene.device)
         self._total_anchors = len(ranks)
-        blank = sum(len(found) == 0 for found in anchors)
-        if 0 < blank < len(anchors):
-            say(f"warning: {blank} of {len(anchors)} images have no edges (expansive): no anchors are drawn there")
+        # Of images that ray filtering left nothing of nobody expects anchors.
+        seen = [edges for edges, count in zip(has_edges, starts.diff().tolist(), strict=True) if count > 0]
+        blank = seen.count(False)
+        if 0 < blank < len(seen):
+            say(f"warning: {blank} of {len(seen)} images have no edges (expansive): no anchors are drawn there")
 
     def sample(self, step: int) -> PixelBatch:
         """Anchors, then sources."""

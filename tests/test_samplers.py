@@ -182,7 +182,37 @@ class Waits(TorchDispatchMode):
         name = function.overloadpacket.__name__
         to_host = name != "_to_copy" or (kwargs or {}).get("device") == torch.device("cpu")
         self.count += any(name.startswith(wait) for wait in self.names) and to_host
+        # Indexing by a mask looks for its true entries; a repetition by counts asks for their sum, unless it is told.
+        indices = args[1] if name.lstrip("_").startswith(("index", "unsafe_index")) and len(args) > 1 else ()
+        by_mask = isinstance(indices, list | tuple) and any(x is not None and x.dtype == torch.bool for x in indices)
+        self.count += by_mask
+        told = (kwargs or {}).get("output_size") is not None
+        self.count += name.startswith("repeat_interleave") and isinstance(args[0], torch.Tensor) and not told
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[x > 0.5],
+        lambda x: x.masked_fill_(x > 2, 0).index_put_((x > 0.5,), torch.tensor(1.0)),
+        lambda x: torch.repeat_interleave(torch.tensor([1, 2, 3])),
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_the_watcher_sees_what_waits(wait):
+    x = torch.linspace(0, 1, 9)
+    with Waits() as waits:
+        wait(x)
+    assert waits.count == 1
+
+
+def test_the_watcher_lets_pass_what_does_not_wait():
+    x, rows = torch.linspace(0, 1, 9), torch.tensor([1, 2])
+    with Waits() as waits:
+        torch.where(x > 0.5, x[rows].sum(), x).index_add_(0, rows, x[:2])
+    assert waits.count == 0
 
 
 def test_no_sampler_makes_the_host_wait_for_the_device_more_than_its_docstring_says(name, monkeypatch):
