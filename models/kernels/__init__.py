@@ -1,11 +1,15 @@
 """The renderer's hot spots, each behind one name: lookups in the factors, marching, weights, compositing.
 
 `torch_lookups` (grid_sample) and `torch_rendering` are the definition; `gather_lookups` is plain torch too and works on
-every device; `compiled_*` is C++ for CPUs, where there is a compiler. All lookups offer the same four functions, all
-renderings the same three; tests/test_kernels.py holds them together. A faster backend is two more such modules and a
-line in `select`.
+every device; `compiled_*` is C++ for CPUs, where there is a compiler; `triton_*` is Triton for CUDA, where it is
+installed. All lookups offer the same four functions, all renderings the same three; tests/test_kernels.py,
+tests/test_compiled.py and tests/test_triton.py hold them together. A faster backend is two more such modules and a line
+in `select`.
 """
 
+import functools
+import importlib
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from models.kernels import compiled_lookups, compiled_rendering, gather_lookups, torch_rendering
 from models.kernels.compiled import libraries
+from utils.console import say
 
 
 @dataclass(frozen=True)
@@ -33,4 +38,24 @@ def select(device: torch.device) -> Kernels:
     """The best backend for `device`."""
     if device.type == "cpu" and libraries() is not None:
         return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, compiled_lookups.weights_until_opaque)
+    if device.type == "cuda" and (modules := _triton()) is not None:
+        return Kernels("cuda-triton", *modules)
     return Kernels("torch-gather", gather_lookups, torch_rendering)
+
+
+@functools.cache
+def _triton() -> tuple[ModuleType, ModuleType] | None:
+    """(lookups, rendering) in Triton; None, and one line that says why, where it is missing or cannot run.
+
+    Triton needs a C compiler for its launchers and a GPU that it knows, which a first launch finds out.
+    """
+    try:
+        importlib.import_module("triton")
+        importlib.import_module("models.kernels.triton_common").launch_once()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:200]
+        say(f"Triton's kernels cannot be used ({reason}): torch's serve, more slowly and with more memory")
+        return None
+    from models.kernels import triton_lookups, triton_rendering
+
+    return triton_lookups, triton_rendering

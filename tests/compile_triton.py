@@ -1,0 +1,66 @@
+"""Compile every Triton kernel for GPUs of the compute capabilities in argv (80, 90, ...); no GPU is needed.
+
+    python -m tests.compile_triton 80 90
+
+Says one line a kernel. The marching kernels must hold no fused multiply-add: they would round otherwise than torch.
+"""
+
+import sys
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from models.kernels import triton_common, triton_lookups, triton_rendering
+
+# Types of the parameters; what is not here and not a size is a pointer to float32.
+LONGS = ["n_candidates", "counts", "offsets", "rays", "coloured", "coloured_offsets"]
+TYPES = {**dict.fromkeys(LONGS, "*i64"), **dict.fromkeys(("cells", "allowed"), "*u8")}
+TYPES |= {"n": "i32", "n_samples": "i32", "step": "fp32", "shift": "fp32"}
+
+
+def compiled(kernel, capability: int, constants: dict, types=(), **options) -> str:
+    """PTX of a kernel."""
+    names = kernel.arg_names
+    types = {**TYPES, **{name: "i32" for name in names if name.startswith("size_")}, **dict(types)}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    print(f"compiled {kernel.__name__} for {capability}: {constants}")
+    return ptx
+
+
+def main() -> None:
+    warp, exact = {"num_warps": triton_rendering._WARPS}, {"enable_fp_fusion": False}
+    block = {"BLOCK": triton_rendering._BLOCK}
+    for capability in map(int, sys.argv[1:]):
+        compiled(triton_common._number, capability, {}, {"out": "*i64"})
+        for count, padded, summed in ((16, 16, True), (48, 64, False), (5, 8, False)):
+            tile = {"SUM": summed, "P": triton_lookups._TILE // padded}
+            modes = {f"C_{m}": count for m in range(3)} | {f"C2_{m}": padded for m in range(3)} | tile
+            one = {"C": count, "C2": padded} | tile
+            walks = one | {"P": triton_lookups._GRADIENT_TILE // padded, "LENGTH": triton_lookups._LENGTH}
+            mode = {"U": 0, "V": 2, "W": 1, "WIDTH": 3 * count, "OFFSET": count}
+            compiled(triton_lookups._vm_gradients, capability, walks | mode)
+            compiled(triton_lookups._cp_gradients, capability, walks)
+            if count == 16:
+                compiled(triton_lookups._vm_positions, capability, modes)
+                compiled(triton_lookups._cp_positions, capability, one)
+            if count == 48:
+                compiled(triton_lookups._vm_forward, capability, modes)
+                compiled(triton_lookups._cp_forward, capability, one)
+        for flag in (False, True):
+            flags = {"JITTERED": flag, "MASKED": flag} | block
+            for kernel in (triton_rendering._count, triton_rendering._fill):
+                if "fma" in compiled(kernel, capability, flags, **warp, **exact):
+                    raise SystemExit(f"{kernel.__name__} fuses multiplications and additions")
+            if flag:
+                continue
+            for kernel in (triton_rendering._weights_forward, triton_rendering._weights_backward):
+                compiled(kernel, capability, {"SOFTPLUS": not flag} | block, {"scale": "fp32"}, **warp)
+        compiled(triton_rendering._composite_forward, capability, block, **warp)
+        compiled(triton_rendering._composite_backward, capability, {"BLOCK": triton_rendering._FLAT_BLOCK})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Triton's kernels against the definitions: on a CUDA device, or in Triton's interpreter on the CPU.
+
+The interpreter takes some hundred microseconds an operation, so there tiles are wide, walks short and points few; and
+it is sequential, so it cannot show races. The last test compiles every kernel for real GPUs, without one.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from components.marching import Samples
+from components.types import Rays
+from models import kernels
+from models.kernels import gather_lookups, torch_lookups, torch_rendering
+from tests.helpers import ROOT, random_field, random_rays
+from tests.test_kernels import Case, assert_equal_up_to_rounding
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import triton
+import triton.language as tl
+
+from models.kernels import triton_common, triton_lookups, triton_rendering
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if ON_CUDA else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _few_operations(monkeypatch):
+    """For the interpreter: fewer operations a point, and blocks that a ray of the tests exceeds."""
+    if not ON_CUDA:
+        monkeypatch.setattr(triton_lookups, "_LENGTH", 4)
+        monkeypatch.setattr(triton_lookups, "_TILE", 8192)
+        monkeypatch.setattr(triton_lookups, "_GRADIENT_TILE", 4096)
+        monkeypatch.setattr(triton_rendering, "_BLOCK", 16)
+
+
+# --- lookups ---
+def moved(case, positions=True):
+    """The case on DEVICE; with gradients of the points if `positions`."""
+    for name in ("planes", "lines"):
+        setattr(case, name, [x.detach().to(DEVICE).requires_grad_() for x in getattr(case, name)])
+    case.basis = case.basis.detach().to(DEVICE).requires_grad_()
+    case.xyz, case.upstream = case.xyz.to(DEVICE).requires_grad_(positions), case.upstream.to(DEVICE)
+    case.leaves = [*case.planes, *case.lines, case.basis, *([case.xyz] if positions else [])]
+    return case
+
+
+def check(case):
+    with torch.no_grad():
+        ours, definition = case.outputs(triton_lookups), case.outputs(torch_lookups)
+    assert_equal_up_to_rounding(ours, definition, torch.float32)
+    assert_equal_up_to_rounding(case.gradients(triton_lookups), case.gradients(torch_lookups), torch.float32)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+@pytest.mark.parametrize(
+    ("n_points", "grid", "counts"),
+    [
+        (150, (9, 14, 6), (5, 8, 3)),
+        (90, (2, 3, 31), (1, 2, 33)),
+        (60, (400, 211, 37), (96, 3, 16)),
+        (1, (5, 6, 7), (48, 1, 4)),
+        (0, (5, 6, 7), (2, 3, 4)),
+    ],
+)
+def test_values_and_gradients_equal_the_definition(model, n_points, grid, counts):
+    check(moved(Case(model, n_points, n_points, grid, counts)))
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_gradients_collected_along_rays_equal_the_definition(model, monkeypatch):
+    monkeypatch.setattr(triton_lookups, "_LENGTH", 16)
+    case = Case(model, 4, 200, (9, 14, 6), (4, 2, 3))
+    generator = torch.Generator().manual_seed(4)
+    # Four rays of 50 points, several a cell, that leave the grid and come back to cells they were in.
+    start, end = (torch.rand(2, 4, 1, 3, generator=generator) * 2.4 - 1.2).unbind(0)
+    case.xyz = (start + (end - start) * torch.linspace(0, 1, 50)[:, None].sin()).reshape(-1, 3)
+    check(moved(case, positions=False))
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_the_memory_layout_and_chunk_borders_do_not_matter(model, monkeypatch):
+    case = Case(model, 5, 70, (4, 3, 6), (5, 2, 3), channels_last=False)
+    monkeypatch.setattr(triton_lookups, "_CHUNK_VALUES", 300)  # 30 or 60 points
+    case.xyz, case.upstream = case.xyz.T.contiguous().T, case.upstream[:, :1].expand(-1, 8)
+    check(moved(case, positions=False))
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(model):
+    case = moved(Case(model, 14, 20, (9, 14, 6), (5, 8, 3)))
+    strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38], device=DEVICE)
+    with torch.no_grad():
+        case.xyz[3:7, 1] = strange
+        case.xyz[8:12] = strange[:, None]
+    clean = moved(Case(model, 14, 20, (9, 14, 6), (5, 8, 3)))
+    with torch.no_grad():
+        clean.xyz[3:7, 1] = -1e4
+        clean.xyz[8:12] = -1e4
+    # They count as points far outside.
+    assert_equal_up_to_rounding(case.outputs(triton_lookups), clean.outputs(torch_lookups), torch.float32)
+    assert_equal_up_to_rounding(case.gradients(triton_lookups), clean.gradients(torch_lookups), torch.float32)
+
+
+def test_double_precision_takes_the_way_of_torch(monkeypatch):
+    case = moved(Case("VM", 3, 40, (5, 6, 7), (2, 3, 4), torch.float64))
+    ours, gather = case.gradients(triton_lookups), case.gradients(gather_lookups)
+    assert_equal_up_to_rounding(ours, gather, torch.float64)
+
+
+@triton.jit
+def _offsets(out, block, u, v, size, SIZE: tl.constexpr):
+    """Numbers of block `block`'s first and last point, and of the rows at grid point (u, v)."""
+    k = triton_common.numbered(block, SIZE)
+    tl.store(out, tl.min(k, 0))
+    tl.store(out + 1, tl.max(k, 0))
+    us, vs = tl.zeros([2], tl.int32) + u, tl.zeros([2], tl.int32) + v
+    where, _ = triton_lookups._row(us, vs, size, size, 96, 128)
+    tl.store(out + 2, tl.min(tl.min(where, 1), 0))
+
+
+def test_points_and_rows_beyond_two_to_the_31_have_their_numbers():
+    # The kernels get all their offsets from these two, which no memory of this size is needed to ask.
+    out = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    _offsets[(1,)](out, 2**28, 70_000, 80_000, 100_000, SIZE=64)
+    assert out.tolist() == [2**34, 2**34 + 63, (80_000 * 100_000 + 70_000) * 96]
+
+
+# --- marching ---
+def scene(seed, masked=True, n=40):
+    field, rays = random_field(seed, masked=masked).to(DEVICE), random_rays(seed, n)
+    return field, Rays(rays.origins.to(DEVICE), rays.directions.to(DEVICE))
+
+
+def marched(rendering, field, rays, jitter=None, n_samples=61, mask=None):
+    return rendering.march_box(rays, field.aabb, 0.3, 6.0, field.step, n_samples, jitter, mask or field.alpha_mask)
+
+
+def assert_same_samples(ours, expected):
+    for name in ("ray", "t", "delta", "position", "offsets"):
+        a, b = getattr(ours, name), getattr(expected, name)
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("jittered", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n_samples", [7, 61])
+def test_exactly_the_definitions_samples_are_kept(masked, jittered, n_samples):
+    field, rays = scene(n_samples, masked)
+    jitter = torch.rand(40, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE) if jittered else None
+    ours = marched(triton_rendering, field, rays, jitter, n_samples)
+    assert len(ours) > 50
+    assert_same_samples(ours, marched(torch_rendering, field, rays, jitter, n_samples))
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="too many candidates for the interpreter")
+def test_exactly_the_definitions_samples_are_kept_of_a_million_candidates():
+    field, rays = scene(1, True, 100_000)
+    jitter = torch.rand(100_000, 1, device=DEVICE)
+    assert_same_samples(marched(triton_rendering, field, rays, jitter), marched(torch_rendering, field, rays, jitter))
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_gradients_reach_the_rays_as_in_the_definition(detached):
+    field, rays = scene(2, n=12)
+    results = []
+    for rendering in (triton_rendering, torch_rendering):
+        own = Rays(rays.origins.clone().requires_grad_(), rays.directions.clone().requires_grad_(), detached)
+        samples = marched(rendering, field, own)
+        assert samples.t.requires_grad == samples.position.requires_grad == (not detached)
+        assert not samples.delta.requires_grad
+        results.append([samples.t.detach(), samples.position.detach()])
+        if not detached:
+            loss = (
+                samples.t.sin() + (samples.position.cos() * samples.position.new_tensor([1.0, 2.0, 3.0])).sum(1)
+            ).sum()
+            results[-1] += torch.autograd.grad(loss, (own.origins, own.directions))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
+    assert_equal_up_to_rounding(results[0], results[1], torch.float32)
+
+
+def test_rays_that_miss_no_rays_and_foreign_masks():
+    field, rays = scene(3, n=5)
+    away = Rays(rays.origins * 0 + 9.0, rays.directions.abs() + 0.1)
+    assert_same_samples(marched(triton_rendering, field, away), marched(torch_rendering, field, away))
+    assert len(marched(triton_rendering, field, rays[:0])) == 0
+
+    class Half:
+        def occupied(self, xyz):
+            return xyz[:, 0] > 0
+
+    ours = marched(triton_rendering, field, rays, mask=Half())
+    assert_same_samples(ours, marched(torch_rendering, field, rays, mask=Half()))
+
+
+# --- weights ---
+def random_samples(counts, seed=0):
+    """Samples of rays with so many each."""
+    generator = torch.Generator().manual_seed(seed)
+    ray = torch.repeat_interleave(torch.tensor(counts))
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    t, delta = torch.rand(2, len(ray), generator=generator)
+    xyz = torch.rand(len(ray), 3, generator=generator)
+    return Samples(*(x.to(DEVICE) for x in (ray, t, delta, xyz, offsets)))
+
+
+COUNTS = [0, 1, 15, 16, 17, 0, 40, 2, 0]
+
+
+def weights_and_gradient(rendering, feature, samples, activation, shift=-2.0, scale=3.0):
+    feature = feature.clone().requires_grad_()
+    weights = rendering.ray_weights(feature, samples, activation, shift, scale)
+    upstream = torch.linspace(-1, 1.5, len(samples), device=DEVICE)
+    return weights.detach(), torch.autograd.grad(weights, feature, upstream)[0]
+
+
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_weights_and_their_gradient_equal_the_definition(activation, spread):
+    samples = random_samples(COUNTS)
+    feature = (torch.randn(len(samples), generator=torch.Generator().manual_seed(1)) * spread).to(DEVICE)
+    ours = weights_and_gradient(triton_rendering, feature, samples, activation)
+    assert_equal_up_to_rounding(
+        ours, weights_and_gradient(torch_rendering, feature, samples, activation), torch.float32
+    )
+
+
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+def test_opaque_samples_keep_weights_and_gradients_of_the_definition(activation):
+    samples = random_samples([30, 20])
+    feature = torch.randn(50, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    feature[[3, 4, 20, 41]] = 1e4
+    ours = weights_and_gradient(triton_rendering, feature, samples, activation)
+    expected = weights_and_gradient(torch_rendering, feature, samples, activation)
+    assert_equal_up_to_rounding(ours, expected, torch.float32)
+    assert ours[1].isfinite().all()
+
+
+def test_faint_samples_are_as_exact_as_double_precision():
+    samples = random_samples([50])
+    feature = torch.linspace(-12, -6, 50, device=DEVICE)
+    ours = triton_rendering.ray_weights(feature, samples, "softplus", -2.0, 1.0)
+    double = dataclasses.replace(samples, delta=samples.delta.double())
+    expected = torch_rendering.ray_weights(feature.double(), double, "softplus", -2.0, 1.0)
+    torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=0)
+
+
+def test_a_ray_that_is_no_number_leaves_the_others_alone():
+    samples = random_samples([3, 4, 5])
+    feature = torch.zeros(12, device=DEVICE)
+    feature[4] = float("nan")
+    weights, gradient = weights_and_gradient(triton_rendering, feature, samples, "relu", 0.0)
+    assert weights[4].isnan()
+    for values in (weights, gradient):
+        assert values[:3].isfinite().all()
+        assert values[7:].isfinite().all()
+
+
+def test_weights_fall_back_where_distances_ask_for_gradients_and_without_samples():
+    samples = random_samples([4, 3])
+    delta = samples.delta.clone().requires_grad_()
+    feature = torch.ones(7, device=DEVICE)
+    weights = triton_rendering.ray_weights(feature, dataclasses.replace(samples, delta=delta), "relu", 0.0, 1.0)
+    assert torch.autograd.grad(weights.sum(), delta)[0].abs().max() > 0
+    assert triton_rendering.ray_weights(feature[:0], random_samples([0, 0]), "relu", 0.0, 1.0).shape == (0,)
+
+
+# --- compositing ---
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_composites_and_their_gradients_equal_the_definition(share):
+    samples = random_samples(COUNTS)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.rand(len(samples), generator=generator).to(DEVICE)
+    coloured = (torch.rand(len(samples), generator=generator) < share).nonzero()[:, 0].to(DEVICE)
+    colour = torch.rand(len(coloured), 3, generator=generator).to(DEVICE)
+    results = []
+    for rendering in (triton_rendering, torch_rendering):
+        leaves = weights.clone().requires_grad_(), colour.clone().requires_grad_()
+        rgb, opacity, distance = rendering.composite(leaves[0], samples, coloured, leaves[1])
+        assert not distance.requires_grad
+        gradients = torch.autograd.grad(rgb.sin().sum() + opacity.square().sum(), leaves)
+        results.append([rgb.detach(), opacity.detach(), distance, *gradients])
+    assert_equal_up_to_rounding(*results, torch.float32)
+
+
+def test_nothing_composites_to_nothing():
+    none = torch.zeros(0, device=DEVICE)
+    rgb, opacity, distance = triton_rendering.composite(none, random_samples([0, 0]), none.long(), none.view(0, 3))
+    assert not rgb.any()
+    assert (rgb.shape, opacity.tolist(), distance.tolist()) == ((2, 3), [0.0] * 2, [0.0] * 2)
+
+
+# --- all together ---
+@pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
+def test_a_rendered_field_and_its_gradients_equal_those_of_torch(model):
+    results = []
+    for lookups, rendering in ((triton_lookups, triton_rendering), (gather_lookups, torch_rendering)):
+        field, rays = random_field(1, model).to(DEVICE), random_rays(1, 12)
+        field.kernels = kernels.Kernels("", lookups, rendering)
+        out = field.render(Rays(rays.origins.to(DEVICE), rays.directions.to(DEVICE)), 1.0, None, 61)
+        out.rgb.square().sum().backward()
+        results.append([out.rgb.detach(), out.depth, *(p.grad for p in field.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * max(expected.abs().max().item(), 1e-3))
+
+
+def test_cuda_takes_triton_where_it_runs():
+    kernels._triton.cache_clear()
+    chosen = kernels.select(torch.device("cuda"))
+    assert chosen == kernels.Kernels("cuda-triton", triton_lookups, triton_rendering)
+    assert kernels.select(torch.device("cpu")).name != "cuda-triton"
+
+
+def test_without_triton_one_line_says_so_and_torch_serves(monkeypatch, capsys):
+    kernels._triton.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for _ in range(2):
+        assert kernels.select(torch.device("cuda")).lookups is gather_lookups
+        assert kernels.select(torch.device("cuda")).rendering is torch_rendering
+    assert capsys.readouterr().out.count("triton") == 1
+    kernels._triton.cache_clear()
+
+
+def test_where_triton_cannot_launch_torch_serves(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("Failed to find C compiler")
+
+    kernels._triton.cache_clear()
+    monkeypatch.setattr(triton_common, "launch_once", fail)
+    assert kernels.select(torch.device("cuda")).name == "torch-gather"
+    assert "Failed to find C compiler" in capsys.readouterr().out
+    kernels._triton.cache_clear()
+
+
+# --- compiled ahead of time, in a process whose Triton does not interpret ---
+def test_every_kernel_compiles_for_gpus_and_marching_fuses_nothing(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.compile_triton", "80", "90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == 2 * 19
