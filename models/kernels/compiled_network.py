@@ -17,7 +17,7 @@ from models.kernels.compiled import libraries
 
 _UNIT = 32  # network.cpp's padding
 # Samples of a share: a sum of the weights' gradients each, added in the shares' order whatever the number of threads.
-_SHARE = 1 << 12
+_SHARE = 1 << 10
 
 
 class _Network(ctypes.Structure):
