@@ -1,3 +1,4 @@
+import mmap
 import time
 
 import numpy as np
@@ -19,8 +20,12 @@ def meter(request, monkeypatch):
 
 
 def touch(mb: int) -> np.ndarray:
-    """Resident memory of `mb` MB, in place long enough to be seen by a poller."""
-    block = np.ones(mb * MB, np.uint8)
+    """Resident memory of `mb` MB, in place long enough to be seen by a poller.
+
+    Not from malloc: keep_freed_memory, in a training before this test, makes it keep what is freed.
+    """
+    block = np.frombuffer(mmap.mmap(-1, mb * MB), np.uint8)
+    block[:] = 1
     time.sleep(5 * memory.POLL_SECONDS)
     return block
 
