@@ -27,7 +27,7 @@ BASE = {"path": "packed", "field": "after", "strategy": "full", "rays": 4096, "i
 VARIES = {"batch": "rays", "images": "images", "grid": "grid", "resolution": "size"}
 VALUES = {
     "batch": (512, 1024, 2048, 4096, 8192, 16384),
-    "images": (10, 50, 100, 200, 400),
+    "images": (10, 100, 200, 400),
     "grid": (64, 96, 128, 160, 200, 256, 300),
     "resolution": (100, 200, 400, 800, 1200),
 }

@@ -43,7 +43,8 @@ def figure(report: dict):
             _scale(panel, sorted({p[VARIES[axis]] for p in report["points"] if p["axis"] == axis}), (axis, row))
             panel.set(xlabel=below.format(**report["base"]), ylabel=name)
             panel.grid(alpha=0.3)
-            panel.legend(fontsize=7)
+            if row == 0:  # the same below
+                panel.legend(fontsize=7)
     facts = f"{report['device']}, torch {report['torch']}, commit {report['commit']}"
     drawing.suptitle(f"{facts}; MB are 2^20 bytes; where it does not vary: {_base(report['base'])}", fontsize=9)
     return drawing
