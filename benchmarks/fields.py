@@ -1,4 +1,4 @@
-"""Two fields and a batch of rays for timing a step: seeded and analytic, so that everybody times the same work.
+"""Two fields, rays and a scene for timing a step: seeded and analytic, so that everybody times the same work.
 
 `before_mask`: a fresh 128^3 field of the syn settings. `after_mask`: blobs and their alpha mask with 11 to 13 colours
 and 45 to 50 density lookups a ray, as a lego field trained at 200x200 has.
@@ -7,7 +7,7 @@ and 45 to 50 density lookups a ray, as a lego field trained at 200x200 has.
 import torch
 
 from components.cameras import rays_of
-from components.types import Rays
+from components.types import Rays, Scene
 from models import FieldConfig, build_field
 from models.field import Field
 from models.growth import shrink, update_alpha_mask
@@ -17,25 +17,59 @@ GRID = (128, 128, 128)
 CONFIG = FieldConfig("TensorVMSplit", (16, 16, 16), (48, 48, 48), near=2.0, far=6.0)
 # Blobs of the trained field: their number a mode, and what makes them as dense and as large as lego.
 BLOBS, PEAK, WIDTH = 6, 18.0, 0.0875
+PICTURES = 16
 
 
-def camera_rays(n_rays: int, seed: int, device: torch.device | str = "cpu") -> Rays:
-    """Rays through random pixels of 100 cameras on a hemisphere of radius 4 that look at the origin (as lego's)."""
-    generator = torch.Generator().manual_seed(seed)
-    size, focal = 200, 277.8
-    azimuth = torch.rand(100, generator=generator) * 2 * torch.pi
-    height = torch.rand(100, generator=generator)
+def cameras(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Poses [n, 3, 4] on a hemisphere of radius 4 that look at the origin (as lego's)."""
+    azimuth = torch.rand(n, generator=generator) * 2 * torch.pi
+    height = torch.rand(n, generator=generator)
     level = (1 - height**2).sqrt()
     position = 4.0 * torch.stack([level * azimuth.cos(), level * azimuth.sin(), height], -1)
     forward = torch.nn.functional.normalize(-position, dim=-1)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, torch.tensor([[0.0, 0.0, 1.0]])), dim=-1)
     down = torch.linalg.cross(forward, right)
-    c2w = torch.stack([right, down, forward, position], -1)
+    return torch.stack([right, down, forward, position], -1)
+
+
+def intrinsics(size: int) -> torch.Tensor:
+    """Lego's focal length for pictures of size x size pixels, [4]."""
+    return torch.tensor([1.389 * size, 1.389 * size, size / 2, size / 2])
+
+
+def camera_rays(n_rays: int, seed: int, device: torch.device | str = "cpu") -> Rays:
+    """Rays through random pixels of 100 cameras."""
+    generator, size = torch.Generator().manual_seed(seed), 200
+    c2w = cameras(100, generator)
     chosen = torch.randint(100, (n_rays,), generator=generator)
     xy = torch.rand(n_rays, 2, generator=generator) * size
-    intrinsics = torch.tensor([focal, focal, size / 2, size / 2])
-    rays = rays_of(xy, c2w[chosen], intrinsics.expand(n_rays, 4), size, size, ndc=False)
+    rays = rays_of(xy, c2w[chosen], intrinsics(size).expand(n_rays, 4), size, size, ndc=False)
     return Rays(rays.origins.to(device), rays.directions.to(device))
+
+
+def shapes_scene(n_images: int, size: int) -> Scene:
+    """Smooth shapes on size x size pixels of 4 bytes, as NeRF-synthetic's; 16 different pictures, repeated."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(min(n_images, PICTURES), 4, 12, 12, generator=generator)
+    shapes = torch.nn.functional.interpolate(noise, (size, size), mode="bilinear").permute(0, 2, 3, 1)
+    shapes[..., 3] = (shapes[..., 3] > 0.5).float()
+    c2w = cameras(n_images, generator)
+    return Scene(
+        name="shapes",
+        dataset="syn",
+        split="train",
+        images=(255 * shapes).byte()[torch.arange(n_images) % PICTURES],
+        c2w=c2w,
+        intrinsics=intrinsics(size).expand(n_images, 4),
+        aabb=torch.tensor([[-1.5] * 3, [1.5] * 3]),
+        near=CONFIG.near,
+        far=CONFIG.far,
+        white_background=True,
+        random_background=False,
+        ndc=False,
+        image_paths=(),
+        render_path=c2w[:0],
+    )
 
 
 def before_mask(device: torch.device | str = "cpu", seed: int = 0) -> Field:

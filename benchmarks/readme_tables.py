@@ -8,7 +8,10 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is betwee
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
+
+from benchmarks.scaling import STRATEGIES, VARIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,13 +58,18 @@ def psnr_cells(report: dict, base: dict) -> list[str]:
     return [f"{report['psnr_mean']:.2f}{spread} ({seeds})", "" if report is base else difference]
 
 
+def rows_of(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
 def table(head: list[str], rows: list[list[str]], reports: list[dict]) -> str:
     """A markdown table and where its figures come from."""
-    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
     facts = {}
     for key in ("device", "torch", "commit"):
         facts[key] = ", ".join(dict.fromkeys(run[key] for report in reports for run in report.get("runs", [report])))
-    return "\n".join([*lines, "", f"({facts['device']}, torch {facts['torch']}, commit {facts['commit']})"])
+    source = f"({facts['device']}, torch {facts['torch']}, commit {facts['commit']})"
+    return f"{rows_of(head, rows)}\n\n{source}"
 
 
 def lego200() -> str:
@@ -168,7 +176,38 @@ def step() -> str:
     return "\n".join(lines)
 
 
+def scaling(kind: str = "cpu") -> str:
+    """Time and memory over batch, grid, number of images and size of a test view; three tables."""
+    report = json.loads((RESULTS / f"scaling_{kind}.json").read_text())
+    found = {}
+    for p in report["points"]:
+        found.setdefault((p["axis"], p[VARIES[p["axis"]]]), {})[p["path"], p["field"], p["strategy"]] = p
+    paths = [(path, field, "full") for path in ("packed", "twin") for field in ("before", "after")]
+    steps, images, views = [], [], []
+    for (axis, number), by in found.items():
+        if axis in ("batch", "grid"):
+            name = f"{number} rays" if axis == "batch" else f"grid {number}^3"
+            cells = [f"{by[key]['ms']['step']:.0f}" if key in by else "" for key in paths]
+            cells += [f"{by[key]['step_tensors_mb']:.0f}" if key in by else "" for key in paths]
+            per_ray = [f"{by[key]['live_per_ray']:.0f}, {by[key]['colour_per_ray']:.0f}" for key in paths[:2]]
+            steps.append([name, *cells, f"{by[paths[1]]['static_mb']:.0f}", *per_ray])
+        elif axis == "images":
+            own = [by["packed", "after", strategy] for strategy in STRATEGIES]
+            cells = [f"{p['ms']['step']:.0f} ({p['ms']['sampler']:.1f})" for p in own]
+            images.append([str(number), *cells, *(f"{p['static_mb']:.0f}" for p in own)])
+        else:
+            p = by["packed", "after", "full"]
+            views.append([f"{number} x {number}", f"{p['ms']['step']:.0f}", f"{p['step_memory_mb']:.0f}"])
+    head = ["", "ms a step: before mask", "after", "dense twin: before", "after", "step MB, tensors: before", "after"]
+    head += ["dense twin: before", "after", "stays, MB", "density, colour lookups a ray: before", "after"]
+    image_head = ["images", *(f"{s}: ms a step (sampler)" for s in STRATEGIES)]
+    image_head += [f"{s}: stays, MB" for s in STRATEGIES]
+    view_head = ["test view", "ms", "memory growth, MB"]
+    return "\n\n".join([rows_of(head, steps), rows_of(image_head, images), table(view_head, views, [report])])
+
+
 TABLES = {"lego200": lego200, "fewer_rays": fewer_rays, "asked_first": asked_first, "samplers": samplers, "step": step}
+TABLES |= {"scaling": scaling, "scaling_cuda": partial(scaling, "cuda")}
 
 
 def with_tables(text: str) -> str:

@@ -2,12 +2,16 @@
 
 import json
 
+import cv2
 import pytest
 import torch
 
+from benchmarks import readme_tables, scaling
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
-from benchmarks.step import measure
+from benchmarks.scaling_figure import figure
+from benchmarks.step import FIELDS, measure
+from utils.memory import MemoryMeter
 
 
 def test_the_readme_shows_the_tables_of_the_committed_results():
@@ -39,3 +43,100 @@ def test_committed_results_name_device_and_commit():
         report = json.loads(path.read_text())
         assert report["device"]
         assert report["commit"]
+
+
+# --- benchmarks/scaling.py ---
+TINY = {**scaling.BASE, "rays": 128, "images": 3, "size": 32, "grid": 32}
+
+
+def test_one_thing_varies_at_a_time_and_the_twin_stops_at_its_limit():
+    chosen = scaling.points(scaling.VALUES, 2048)
+    for point in chosen:
+        own = {scaling.VARIES[point["axis"]], "images" if point["axis"] == "resolution" else "strategy"}
+        assert all(point[key] == value for key, value in scaling.BASE.items() if key not in {*own, "path", "field"})
+    twins = {(p["rays"], p["field"]) for p in chosen if p["path"] == "twin"}
+    assert twins == {(rays, field) for rays in (512, 1024, 2048) for field in ("before", "after")}
+    for axis, numbers in scaling.VALUES.items():
+        assert {p[scaling.VARIES[axis]] for p in chosen if p["axis"] == axis} == set(numbers)
+
+
+def test_measured_steps_leave_the_field_as_it_was():
+    trainer = scaling.make_trainer({**TINY, "axis": "batch"}, torch.device("cpu"), MemoryMeter("cpu"))
+    before = [p.detach().clone() for p in trainer.field.parameters()]
+    trainer.step()
+    trainer.step()
+    for was, now in zip(before, trainer.field.parameters(), strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=2e-38)  # numbers below 1.2e-38 count as zero
+    assert trainer.field.grid_size == (32, 32, 32)
+
+
+def test_packed_and_twin_are_measured_at_the_same_work():
+    packed, twin = ({**TINY, "axis": "batch", "path": path} for path in ("packed", "twin"))
+    packed, twin = scaling.measure(packed, "cpu", 0.0), scaling.measure(twin, "cpu", 0.0)
+    assert packed["rays_per_step"] == twin["rays_per_step"] == 128
+    assert packed["live_per_ray"] == pytest.approx(twin["live_per_ray"], rel=0.01)
+    assert packed["colour_per_ray"] == pytest.approx(twin["colour_per_ray"], rel=0.05)
+    assert packed["live_per_ray"] > packed["colour_per_ray"] > 0
+    assert 0 < packed["step_tensors_mb"] < twin["step_tensors_mb"]
+    for result in (packed, twin):
+        ms = result["ms"]
+        assert set(ms) == {"step", "sampler", "forward", "backward", "optimizer"}
+        assert min(ms.values()) > 0
+        assert result["ms_range"][0] <= ms["step"] <= result["ms_range"][1]
+        assert result["timed"] == 5
+
+
+def test_more_images_keep_their_pixels_and_nothing_else():
+    few, many = (scaling.measure({**TINY, "axis": "images", "images": n}, "cpu", 0.0) for n in (3, 20))
+    assert many["static_mb"] - few["static_mb"] == pytest.approx(17 * 32 * 32 * 4 / 2**20)
+
+
+def test_a_fresh_process_gives_the_scaling_of_a_view():
+    point = {**TINY, "axis": "resolution", "images": 1}
+    result = scaling.measure_in_fresh_process(point, "cpu", 0.0)
+    assert point.items() <= result.items()
+    assert result["ms"]["step"] >= result["ms"]["forward"] > 0
+    assert result["step_memory_mb"] > 0
+    assert "live_per_ray" not in result
+
+
+def invented(point: dict, *_) -> dict:
+    """A measurement of a point that took no time."""
+    ms = dict.fromkeys(("step", "sampler", "forward", "backward", "optimizer"), float(point["rays"] + point["grid"]))
+    memory = {"step_memory_mb": point["size"] / 10, "static_mb": point["images"] * 1.5, "step_tensors_mb": 7.0}
+    return {**point, "ms": ms, **memory, "live_per_ray": 40.0, "colour_per_ray": 9.0}
+
+
+def test_the_scaling_report_its_figure_and_its_table_hold_the_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    monkeypatch.setattr(scaling, "measure_in_fresh_process", invented)
+    monkeypatch.setattr("sys.argv", ["scaling", "--only", "grid"])
+    scaling.main()
+    assert not list(tmp_path.iterdir())  # a part of the points is no report
+    monkeypatch.setattr("sys.argv", ["scaling"])
+    scaling.main()
+    report = json.loads((tmp_path / "scaling_cpu.json").read_text())
+    assert report["points"] == [invented(p) for p in scaling.points(scaling.VALUES, scaling.TWIN_MOST["cpu"])]
+    assert report["base"] == scaling.BASE
+    assert cv2.imread(str(tmp_path / "scaling_cpu.png")).shape == (700, 1500, 3)
+
+    panels = figure(report).axes
+    lines = {line.get_label(): line for line in panels[0].lines}
+    assert set(lines) == {f"{path}, {field} the mask" for path in ("packed", "dense twin") for field in FIELDS}
+    assert lines["dense twin, after the mask"].get_xdata().tolist() == [512, 1024, 2048, 4096]
+    assert lines["packed, before the mask"].get_ydata().tolist() == [rays + 128 for rays in scaling.VALUES["batch"]]
+    assert panels[5].lines[3].get_ydata().tolist() == [1.5 * n for n in scaling.VALUES["images"]]
+
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    text = readme_tables.scaling()
+    assert "| 8192 rays | 8320 | 8320 |  |  | 7 | 7 |  |  | 150 | 40, 9 | 40, 9 |" in text
+    assert "| 400 | 4224 (4224.0) |" in text
+    assert "| 1200 x 1200 | 4224 | 120 |" in text
+
+
+def test_the_committed_scaling_is_of_points_that_the_benchmark_measures():
+    report = json.loads((RESULTS / "scaling_cpu.json").read_text())
+    chosen = scaling.points(scaling.VALUES, scaling.TWIN_MOST["cpu"])
+    assert report["base"] == scaling.BASE
+    assert {p["axis"] for p in report["points"]} == set(scaling.VARIES)
+    assert all({key: p[key] for key in chosen[0]} in chosen for p in report["points"])

@@ -49,7 +49,7 @@ def _pixels(figure) -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """An empty figure, inches, that needs no display and leaves no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def _views(group: list[dict]) -> dict[str, np.ndarray] | None:
 
 def curve_figure(rows: dict[str, list[dict]], over: str):
     """Test PSNR of the evaluations in between, over `iteration` or over seconds (`s`)."""
-    figure = _figure(7.5, 4.5)
+    figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
     _draw_curves(axes, rows, "iteration" if over == "iteration" else "train_seconds")
     axes.set_xlabel("iteration" if over == "iteration" else "seconds of training (evaluations excluded)")
@@ -106,7 +106,7 @@ def _draw_curves(axes, rows: dict[str, list[dict]], key: str) -> None:
 
 def memory_figure(rows: dict[str, list[dict]]):
     """Step memory before and after the alpha mask, a pair of bars a tag."""
-    figure = _figure(7.5, 1.6 + 0.5 * len(rows))
+    figure = new_figure(7.5, 1.6 + 0.5 * len(rows))
     axes = figure.subplots()
     stages = (("before_mask", "before the alpha mask"), ("after_mask", "after it, on the full grid"))
     for shift, (stage, label) in enumerate(stages):
@@ -180,7 +180,7 @@ def _some(views: dict[str, dict]) -> dict[str, dict]:
 def view_figure(views: dict[str, dict]):
     """Renderings, error maps and depth of the same test view, side by side."""
     views = _some(views)
-    figure = _figure(INCH * (1 + len(views)), INCH * 3.2)
+    figure = new_figure(INCH * (1 + len(views)), INCH * 3.2)
     _draw_views(_grid(figure, 3, 1 + len(views)), views)
     return figure
 
@@ -188,7 +188,7 @@ def view_figure(views: dict[str, dict]):
 def draw_figure(views: dict[str, dict]):
     """Where each sampler spent its rays."""
     views = _some(views)
-    figure = _figure(INCH * (1 + len(views)), INCH * 1.2)
+    figure = new_figure(INCH * (1 + len(views)), INCH * 1.2)
     _draw_draws(_grid(figure, 1, 1 + len(views))[0], views)
     return figure
 
@@ -197,7 +197,7 @@ def overview_figure(rows: dict[str, list[dict]], views: dict[str, dict]):
     """Views, draws and the curve of test PSNR over seconds in one figure."""
     views = _some(views)
     n_columns = 1 + len(views)
-    figure = _figure(INCH * n_columns, INCH * 5.4)
+    figure = new_figure(INCH * n_columns, INCH * 5.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=(4.2, 1.4))
     axes = _grid(top, 4, n_columns)
     _draw_views(axes[:3], views)
