@@ -160,11 +160,11 @@ class Field(nn.Module):
         A network's activations are a hundred times larger than what goes in and comes out: they are computed again
         in backward, a chunk of samples at a time, instead of being stored for all.
         """
-
+        given = (*self.appearance_factors(), self.basis_mat.weight, position, view)
+        if compiled_network.serves(self.renderModule, *given[0], *given[1], *given[2:]):
+            return compiled_network.colours(self.renderModule, *given, ray)
         size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
         features = self.appearance_feature(position)
-        if compiled_network.serves(self.renderModule, features, view):
-            return compiled_network.shade(self.renderModule, features, view[ray])
         return in_chunks(self.renderModule, size, features, view[ray], position)
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:

@@ -10,8 +10,9 @@ from torch import nn
 from components import compositing, marching
 from components.types import Rays
 from models.chunks import in_chunks
-from models.kernels import compiled_adam, compiled_network, compiled_rendering, threads
+from models.kernels import compiled_adam, compiled_network, compiled_rendering, threads, torch_lookups
 from models.kernels.compiled import libraries
+from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 from models.shading import build_shading
 from tests.helpers import random_field, random_rays
 
@@ -149,29 +150,56 @@ def test_nothing_is_looked_up_behind_an_opaque_sample():
 SHAPES = [(27, 2, 2, 128, 5000), (27, 2, 2, 64, 3), (5, 0, 3, 100, 129), (12, 6, 0, 40, 64), (1, 1, 1, 1, 1)]
 
 
-def shaded(shade, n_features, view_pe, fea_pe, hidden, n, scale=3.0):
-    """(rgb, gradients of features, view and all parameters)."""
+def shaded(colours, n_features, view_pe, fea_pe, hidden, n, scale=3.0, cp=False, dtype=torch.float32):
+    """(rgb, gradients of positions, views, basis, all parameters, all factors) of n samples of about n / 3 rays."""
     torch.manual_seed(n)
     module = build_shading("MLP_Fea", n_features, view_pe, fea_pe, 0, hidden)
-    features = (scale * torch.randn(n, n_features)).requires_grad_()
-    view = nn.functional.normalize(torch.randn(n, 3), dim=-1).requires_grad_()
-    rgb = shade(module, features, view)
-    return [rgb, *torch.autograd.grad((rgb * torch.randn(n, 3)).sum(), [features, view, *module.parameters()])]
+    sizes, counts = (7, 4, 9), (5, 5, 5) if cp else (3, 20, 5)
+    planes = [] if cp else [torch.randn(1, c, sizes[v], sizes[u]) for c, (u, v) in zip(counts, PLANE_AXES, strict=True)]
+    lines = [torch.randn(1, c, sizes[w], 1) for c, w in zip(counts, LINE_AXES, strict=True)]
+    basis = scale * torch.randn(n_features, 5 if cp else 28) / 5
+    position, view = 2.2 * torch.rand(n, 3) - 1.1, nn.functional.normalize(torch.randn(n // 3 + 1, 3), dim=-1)
+    ray, upstream = torch.randint(len(view), (n,)).sort().values, torch.randn(n, 3)
+    leaves = [x.to(dtype).requires_grad_() for x in (position, view, basis, *planes, *lines)]
+    module = module.to(dtype)
+    rgb = colours(module, leaves[3:-3], leaves[-3:], leaves[2], leaves[0], leaves[1], ray)
+    return [rgb, *torch.autograd.grad((rgb * upstream).sum(), [*leaves, *module.parameters()])]
+
+
+def defined(module, planes, lines, basis, position, view, ray):
+    """Colours by the definitions."""
+    lookups = torch_lookups
+    features = (
+        lookups.vm_appearance(planes, lines, basis, position)
+        if planes
+        else lookups.cp_appearance(lines, basis, position)
+    )
+    return module(features, view[ray], position)
 
 
 def test_random_numbers_of_the_tests_leave_the_global_state_alone():
     before = torch.random.get_rng_state()
     with torch.random.fork_rng():
-        shaded(compiled_network.shade, 5, 1, 1, 8, 4)
+        shaded(compiled_network.colours, 5, 1, 1, 8, 4)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("cp", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_network_equals_the_module_forward_and_backward(shape, n_threads):
+def test_colours_equal_the_definition_forward_and_backward(shape, cp, n_threads):
     with torch.random.fork_rng():
-        ours = shaded(compiled_network.shade, *shape)
-        definition = shaded(lambda module, features, view: module(features, view, view), *shape)
+        ours = shaded(compiled_network.colours, *shape, cp=cp)
+        definition = shaded(defined, *shape, cp=cp, dtype=torch.float64)
     for a, b in zip(ours, definition, strict=True):
+        close(a, b)
+
+
+def test_more_samples_than_a_block_change_nothing(monkeypatch):
+    with torch.random.fork_rng():
+        whole = shaded(compiled_network.colours, 27, 2, 2, 64, 3333)
+        monkeypatch.setattr(compiled_network, "_BLOCK", 1000)
+        blocks = shaded(compiled_network.colours, 27, 2, 2, 64, 3333)
+    for a, b in zip(blocks, whole, strict=True):
         close(a, b)
 
 
@@ -180,30 +208,35 @@ def test_the_number_of_threads_changes_no_bit_of_the_network(monkeypatch):
     for n in (1, 2, 3, 2):
         monkeypatch.setattr(threads, "_taken", n)
         with torch.random.fork_rng():
-            results.append(shaded(compiled_network.shade, 27, 2, 2, 128, 20_000))
+            results.append(shaded(compiled_network.colours, 27, 2, 2, 128, 20_000))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        # The factors' gradients, last but six, are the same for one number of threads only.
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:4], other[:4], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results[0][-6:], other[-6:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[3], strict=True))
 
 
 def test_angles_of_any_size_and_features_that_are_no_numbers_are_taken():
     with torch.random.fork_rng():
-        ours = shaded(compiled_network.shade, 27, 2, 2, 128, 300, scale=1e5)
-        definition = shaded(lambda module, features, view: module(features, view, view), 27, 2, 2, 128, 300, scale=1e5)
-    close(ours[0], definition[0], 1e-4)
+        ours = shaded(compiled_network.colours, 27, 2, 2, 128, 300, scale=1e5)
+        definition = shaded(defined, 27, 2, 2, 128, 300, scale=1e5)
+    assert (ours[0] - definition[0]).abs().median() < 1e-3  # an angle of 1e5 has a rounding of 0.01
     module = build_shading("MLP_Fea", 4, 1, 1, 0, 8)
-    features = torch.zeros(3, 4)
-    features[1, 2] = float("nan")
+    lines = [torch.ones(1, 2, 3, 1) for _ in range(3)]
+    lines[0][0, 0, 0] = float("nan")
+    position = torch.tensor([[0.5, 0, 0], [-0.5, 0, 0], [0.5, 0.5, 0.5]])
+    view, ray = torch.zeros(1, 3), torch.zeros(3, dtype=torch.int64)
     with torch.no_grad():
-        rgb = compiled_network.shade(module, features, torch.zeros(3, 3))
+        rgb = compiled_network.colours(module, [], lines, torch.ones(4, 2), position.flip(1), view, ray)
     assert rgb[1].isnan().all()
     assert rgb[[0, 2]].isfinite().all()
 
 
 def test_the_network_takes_no_samples():
     with torch.random.fork_rng():
-        results = shaded(compiled_network.shade, 27, 2, 2, 128, 0)
+        results = shaded(compiled_network.colours, 27, 2, 2, 128, 0)
     assert results[0].shape == (0, 3)
-    assert not any(gradient.any() for gradient in results[3:])
+    assert not any(gradient.any() for gradient in results[1:])
 
 
 def test_only_what_the_library_computes_is_given_to_it():
@@ -328,4 +361,5 @@ def test_structures_have_the_sizes_of_the_compilers():
     # ctypes lays structures out as C does; a field forgotten on one side would shift all that follow.
     assert ctypes.sizeof(compiled_rendering._Rays) == 4 * 8 + 10 * 4
     assert ctypes.sizeof(compiled_rendering._Mask) == 8 + 3 * 8 + 6 * 4 + 8
-    assert ctypes.sizeof(compiled_network._Network) == 12 * 8
+    assert ctypes.sizeof(compiled_network._Colours) == 5 * 8 + 14 * 8 + 4 * 4
+    assert ctypes.sizeof(compiled_adam._Parameter) == 5 * 8 + 5 * 4 + 4

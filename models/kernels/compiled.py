@@ -17,7 +17,7 @@ from pathlib import Path
 from utils.console import say
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 # By library. Marching has to round exactly as torch does, without fused products; the others need no errno, no traps.
 _FAST = ("-fno-math-errno", "-fno-trapping-math")
 OWN_FLAGS = {"lookups": _FAST, "rendering": ("-ffp-contract=off",), "adam": _FAST, "network": _FAST}

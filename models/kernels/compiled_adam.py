@@ -6,7 +6,6 @@ stored channels-last first, which the field's factors are, and so moves twice as
 
 import ctypes
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,13 @@ from torch import Tensor
 from models.kernels import threads
 from models.kernels.compiled import libraries
 
-_PART = 1 << 17  # numbers a share
+
+class _Parameter(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("value", "gradient", "mean", "square")),
+        ("n", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("beta1", "beta2", "step_size", "rest", "eps")),
+    )
 
 
 class CompiledAdam(torch.optim.Adam):
@@ -25,15 +30,16 @@ class CompiledAdam(torch.optim.Adam):
         """One step of all parameters that have a gradient (Adam, arXiv:1412.6980, algorithm 1)."""
         if closure is not None:
             raise ValueError("CompiledAdam takes no closure")
-        calls, alive = [], []
+        given, alive = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    calls += self._calls(group, parameter, alive)
-        threads.together(calls)
+                    given.append(self._given(group, parameter, alive))
+        array = (_Parameter * len(given))(*given)
+        libraries()["adam"].adam(array, ctypes.c_int64(len(given)), threads.count())
 
-    def _calls(self, group: dict, parameter: Tensor, alive: list[Tensor]) -> list:
-        """The parameter's shares; what they point to is kept alive in `alive`."""
+    def _given(self, group: dict, parameter: Tensor, alive: list[Tensor]) -> _Parameter:
+        """The parameter as the library wants it; what it points to is kept alive in `alive`."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -45,18 +51,8 @@ class CompiledAdam(torch.optim.Adam):
         beta1, beta2 = group["betas"]
         count = state["step"].item()
         step_size, rest = group["lr"] / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (parameter, *tensors)]
-        numbers = [ctypes.c_float(x) for x in (beta1, beta2, step_size, rest, group["eps"])]
-        return [
-            partial(
-                libraries()["adam"].adam,
-                *pointers,
-                ctypes.c_int64(first),
-                ctypes.c_int64(min(first + _PART, parameter.numel())),
-                *numbers,
-            )
-            for first in range(0, parameter.numel(), _PART)
-        ]
+        pointers = [x.data_ptr() for x in (parameter, *tensors)]
+        return _Parameter(*pointers, parameter.numel(), beta1, beta2, step_size, rest, group["eps"])
 
 
 def _like(x: Tensor, parameter: Tensor) -> Tensor:

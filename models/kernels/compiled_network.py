@@ -1,12 +1,14 @@
-"""The feature network on a CPU, by network.cpp and this machine's threads.
+"""Colours of samples on a CPU, by network.cpp and this machine's threads: lookups, basis, network in one.
 
-Letters: K samples, F features, I inputs, H hidden units. Equal to models.shading.FeatureNetwork up to rounding, in
-single precision. Both hidden layers are stored for the backward pass, 8*H bytes a sample: making them again would
-repeat a quarter of a step's arithmetic. The inputs, more than half of what could be stored, are cheap and made again.
+Letters: K samples, B rays, F features, P products, H hidden units; X, I inputs before and after encoding. Equal to
+appearance_feature followed by models.shading.FeatureNetwork up to rounding, in single precision. Inputs and both hidden
+layers are stored for the backward pass, 8*H + 128 bytes a sample for a usual network: making them again would repeat a
+quarter of a step's arithmetic. Products and encodings, several times as much, are cheap and made again.
 """
 
 import ctypes
-from functools import partial
+import functools
+import math
 
 import torch
 from torch import Tensor
@@ -14,16 +16,20 @@ from torch.nn.functional import pad
 
 from models.kernels import threads
 from models.kernels.compiled import libraries
+from models.kernels.compiled_lookups import CP_AXES, Factors, vm_order
 
 _UNIT = 32  # network.cpp's padding
-# Samples of a share: a sum of the weights' gradients each, added in the shares' order whatever the number of threads.
-_SHARE = 1 << 10
+_BLOCK = 1 << 15  # samples whose d loss / d products is held at once, 4*P bytes each
 
 
-class _Network(ctypes.Structure):
+class _Colours(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n_features", "fea_pe", "view_pe", "hidden")),
-        *((name, ctypes.c_void_p) for name in ("w1", "w1_transposed", "w2", "w2_transposed", "w3", "b1", "b2", "b3")),
+        *((name, ctypes.c_int64) for name in ("features", "frequencies", "products", "inputs", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("basis", "basis_transposed", "w1", "w1_transposed", "w2")),
+        *((name, ctypes.c_void_p) for name in ("w2_transposed", "w3", "b1", "b2", "b3", "xyz", "view", "ray")),
+        ("groups", ctypes.c_void_p),
+        ("n_groups", ctypes.c_int32),
+        ("grid", ctypes.c_int32 * 3),
     )
 
 
@@ -37,64 +43,109 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+@functools.cache
+def _columns(n_features: int, fea_pe: int, view_pe: int) -> tuple[Tensor, Tensor]:
+    """Where network.cpp's inputs stand among FeatureNetwork's [I], its number of inputs for those it does not have, and
+    the other way round: each of FeatureNetwork's inputs among network.cpp's."""
+    inputs, columns = -(-(n_features + 3) // _UNIT) * _UNIT, []
+    sine = {"features": n_features + 3, "view": n_features + 3 + 2 * n_features * fea_pe}
+    n_theirs = n_features * (1 + 2 * fea_pe) + 3 * (1 + 2 * view_pe)
+    for block in range(1 + 2 * max(fea_pe, view_pe)):
+        frequency, is_cosine = (block - 1) // 2, block % 2 == 0
+        for i in range(inputs):
+            kind, own, count, pe = ("features", i, n_features, fea_pe)
+            if i >= n_features:
+                kind, own, count, pe = ("view", i - n_features, 3, view_pe)
+            if own >= count or (block and frequency >= pe):
+                columns.append(n_theirs)
+            elif block == 0:
+                columns.append(i)
+            else:
+                columns.append(sine[kind] + is_cosine * count * pe + own * pe + frequency)
+    theirs = torch.tensor(columns)
+    return theirs, torch.argsort(theirs, stable=True)[:n_theirs]
+
+
 class _Call:
     """The network as the library wants it; keeps alive what it points to."""
 
-    def __init__(self, n_features: int, pe: tuple[int, int], w1, b1, w2, b2, w3, b3) -> None:
-        w1, w2 = _padded(w1, 0, 1), _padded(w2, 0, 1)
-        transposed = w1.T.contiguous(), w2.T.contiguous()
-        self.hidden = w1.shape[0]
-        biases = _padded(b1, 0), _padded(b2, 0), b3.detach().contiguous()
-        self.weights = (w1, transposed[0], w2, transposed[1], _padded(w3, 1), *biases)
-        self.network = _Network(n_features, *pe, len(b1), *(x.data_ptr() for x in self.weights))
-        self.gradients_like = (w1, biases[0], w2, biases[1], self.weights[4], biases[2])
+    def __init__(self, pe: tuple[int, int], axes, position, view, ray, basis, w1, b1, w2, b2, w3, b3, *factors) -> None:
+        self.factors = Factors(axes, factors)
+        self.theirs, self.ours = _columns(len(basis), *pe)
+        basis = pad(_padded(basis, 1), (0, 0, 0, -(-(len(basis) + 3) // _UNIT) * _UNIT - len(basis)))
+        w1, w2 = _padded(pad(w1.detach(), (0, 1))[:, self.theirs], 0), _padded(w2, 0, 1)
+        self.inputs, self.products, self.hidden = len(basis), basis.shape[1], len(w1)
+        weights = (basis, basis.T.contiguous(), w1, w1.T.contiguous(), w2, w2.T.contiguous(), _padded(w3, 1))
+        self.alive = (*weights, _padded(b1, 0), _padded(b2, 0), b3.detach().contiguous(), position, view, ray, factors)
+        sizes = (self.theirs.numel() // self.inputs // 2, self.products, self.inputs, self.hidden)
+        self.struct = _Colours(
+            *(self.n_features(pe), *sizes),
+            *(x.data_ptr() for x in self.alive[:-1]),
+            *(ctypes.addressof(self.factors.groups), len(self.factors.groups), self.factors.grid),
+        )
+        rows = ((self.products, self.inputs), w1.shape, (self.hidden,), w2.shape, (self.hidden,), (3, self.hidden))
+        self.gradient_shapes = (*rows, (_UNIT,))
 
+    def n_features(self, pe: tuple[int, int]) -> int:
+        """F."""
+        return (len(self.ours) - 3 * (1 + 2 * pe[1])) // (1 + 2 * pe[0])
 
-def _shares(number: int) -> list[tuple[ctypes.c_int64, ctypes.c_int64]]:
-    return [(ctypes.c_int64(start), ctypes.c_int64(min(start + _SHARE, number))) for start in range(0, number, _SHARE)]
+    def gradients(self, sums: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+        """Of basis, w1, b1, w2, b2, w3, b3, from what the library has summed up."""
+        parts = sums.split([math.prod(shape) for shape in self.gradient_shapes])
+        basis, w1, *others = (x.view(shape) for x, shape in zip(parts, self.gradient_shapes, strict=True))
+        return [
+            x[tuple(map(slice, p.shape))] for x, p in zip((basis.T, w1[:, self.ours], *others), parameters, strict=True)
+        ]
 
 
 class _Shaded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pe: tuple[int, int], keep: bool, features: Tensor, view: Tensor, *parameters: Tensor) -> Tensor:
-        features, view = features.contiguous(), view.contiguous()
-        call, n = _Call(features.shape[1], pe, *parameters), len(features)
-        rgb = features.new_empty(n, 3)
-        hidden = [features.new_empty(n, call.hidden) if keep else None for _ in range(2)]
-        given = (ctypes.byref(call.network), _at(features), _at(view))
-        out = (_at(rgb), *map(_at, hidden))
-        forward = libraries()["network"].network_forward
-        threads.together([partial(forward, *given, *share, *out) for share in _shares(n)])
+    def forward(ctx, pe, axes, keep: bool, position: Tensor, view: Tensor, ray: Tensor, *tensors: Tensor) -> Tensor:
+        position, view, ray = position.contiguous(), view.contiguous(), ray.contiguous()
+        parameters = tensors[:7]
+        factors = [factor.contiguous(memory_format=torch.channels_last) for factor in tensors[7:]]
+        call, n = _Call(pe, axes, position, view, ray, *parameters, *factors), len(position)
+        rgb = position.new_empty(n, 3)
+        kept = [position.new_empty(n, width) if keep else None for width in (call.inputs, call.hidden, call.hidden)]
+        libraries()["network"].colours_forward(
+            ctypes.byref(call.struct), ctypes.c_int64(n), *map(_at, (rgb, *kept)), threads.count()
+        )
         if keep:
-            ctx.save_for_backward(features, view, rgb, *hidden, *parameters)
-        ctx.pe = pe
+            ctx.save_for_backward(position, view, ray, rgb, *kept, *parameters, *factors)
+        ctx.pe, ctx.axes = pe, axes
         return rgb
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        features, view, rgb, *hidden = ctx.saved_tensors[:5]
-        parameters, grad = ctx.saved_tensors[5:], grad.contiguous()
-        call, shares = _Call(features.shape[1], ctx.pe, *parameters), _shares(len(features))
-        to_features, to_view = (
-            torch.empty_like(x) if need else None
-            for x, need in zip((features, view), ctx.needs_input_grad[2:4], strict=True)
+        position, view, ray, rgb, *kept = ctx.saved_tensors[:7]
+        parameters, factors, grad = ctx.saved_tensors[7:14], ctx.saved_tensors[14:], grad.contiguous()
+        call, n = _Call(ctx.pe, ctx.axes, position, view, ray, *parameters, *factors), len(position)
+        gradients = [torch.empty_like(factor, memory_format=torch.channels_last) for factor in factors]
+        ours = Factors(ctx.axes, factors, gradients)
+        to_position, to_view = (
+            x.new_empty(n, 3) if need else None
+            for x, need in zip((position, view), ctx.needs_input_grad[3:5], strict=True)
         )
-        own = [x.new_zeros(len(shares), *x.shape) for x in call.gradients_like]
-        given = (ctypes.byref(call.network), _at(features), _at(view))
-        also = (*map(_at, (rgb, *hidden, grad, to_features, to_view)),)
-        backward = libraries()["network"].network_backward
-        threads.together(
-            [
-                partial(backward, *given, *share, *also, *(_at(gradient[number]) for gradient in own))
-                for number, share in enumerate(shares)
-            ]
-        )
-        sums = [gradient.sum(0)[tuple(map(slice, p.shape))] for gradient, p in zip(own, parameters, strict=True)]
-        return None, None, to_features, to_view, *sums
+        sums = position.new_zeros(sum(map(math.prod, call.gradient_shapes)))
+        blocks = max(-(-n // _BLOCK), 1)
+        for first, end in ((n * block // blocks, n * (block + 1) // blocks) for block in range(blocks)):
+            to_products = position.new_empty(end - first, call.products)
+            libraries()["network"].colours_backward(
+                *(ctypes.byref(call.struct), ctypes.c_int64(first), ctypes.c_int64(end)),
+                *map(_at, (rgb, *kept, grad, to_products, to_view, sums)),
+                threads.count(),
+            )
+            ours.scatter(position[first:end], to_products, fresh=first == 0)
+            if to_position is not None:
+                to_position[first:end] = ours.positions(position[first:end], to_products)
+        if to_view is not None:
+            to_view = torch.zeros_like(view).index_add_(0, ray, to_view)
+        return None, None, None, to_position, to_view, None, *call.gradients(sums, parameters), *gradients
 
 
 def serves(module: torch.nn.Module, *inputs: Tensor) -> bool:
-    """Whether `shade` can take these: float32, on the CPU, a FeatureNetwork all of whose parameters are trained."""
+    """Whether `colours` can take these: float32, on the CPU, a FeatureNetwork all of whose parameters are trained."""
     parameters = list(module.parameters())
     return (
         type(module).__name__ == "FeatureNetwork"
@@ -105,8 +156,21 @@ def serves(module: torch.nn.Module, *inputs: Tensor) -> bool:
     )
 
 
-def shade(module: torch.nn.Module, features: Tensor, view: Tensor) -> Tensor:
-    """rgb [K, 3] of features [K, F] seen along view [K, 3]."""
+def colours(
+    module: torch.nn.Module,
+    planes: list[Tensor],
+    lines: list[Tensor],
+    basis: Tensor,
+    position: Tensor,
+    view: Tensor,
+    ray: Tensor,
+) -> Tensor:
+    """rgb [K, 3] at normalised positions [K, 3], seen along the directions view[ray], view [B, 3], ray [K] int64.
+
+    planes, lines: the appearance's factors (no planes for CP); basis [F, P].
+    """
+    axes, factors = vm_order(planes, lines) if planes else (CP_AXES, lines)
     layers = (module.mlp[0], module.mlp[2], module.mlp[4])
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-    return _Shaded.apply((module.fea_pe, module.view_pe), torch.is_grad_enabled(), features, view, *parameters)
+    pe = (module.fea_pe, module.view_pe)
+    return _Shaded.apply(pe, axes, torch.is_grad_enabled(), position, view, ray, basis, *parameters, *factors)

@@ -1,12 +1,10 @@
 """Marching, weights and compositing on a CPU, by rendering.cpp and this machine's threads.
 
 Marching keeps exactly the samples of components/marching.py; the rest equals components/compositing.py up to rounding.
-All in single precision; anything else takes the way of torch_rendering. Rays are shared out, and no two of them add to
-one place: results do not depend on the number of threads.
+All in single precision; anything else takes the way of torch_rendering. Results do not depend on the number of threads.
 """
 
 import ctypes
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +14,6 @@ from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.kernels import threads, torch_rendering
 from models.kernels.compiled import libraries
-
-_ALONE = 1 << 6  # rays that are too few to share out
 
 
 class _Rays(ctypes.Structure):
@@ -49,10 +45,6 @@ def _library() -> ctypes.CDLL:
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _range(part: tuple[int, int]) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(part[0]), ctypes.c_int64(part[1])
 
 
 def _prefix(counts: Tensor) -> Tensor:
@@ -87,16 +79,15 @@ def march_box(
         cells = _mask(mask)
         live = torch.empty(int(candidates[-1]), dtype=torch.uint8)
         counts = torch.empty(len(rays), dtype=torch.int64)
-        parts = [_range(part) for part in threads.parts(len(rays), _ALONE)]
-        first = (ctypes.byref(ours), ctypes.byref(cells), _at(candidates))
-        threads.together([partial(_library().march_count, *first, *part, _at(live), _at(counts)) for part in parts])
+        n_rays = ctypes.c_int64(len(rays))
+        given = (ctypes.byref(ours), ctypes.byref(cells), _at(candidates), n_rays)
+        _library().march_count(*given, _at(live), _at(counts), threads.count())
         offsets = _prefix(counts)
         n_live = int(offsets[-1])
         ray, t = torch.empty(n_live, dtype=torch.int64), torch.empty(n_live)
         delta, position = torch.empty(n_live), torch.empty(n_live, 3)
-        first = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), ctypes.c_int64(n_samples))
-        out = (_at(ray), _at(t), _at(delta), _at(position))
-        threads.together([partial(_library().march_fill, *first, *part, *out) for part in parts])
+        given = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), ctypes.c_int64(n_samples), n_rays)
+        _library().march_fill(*given, _at(ray), _at(t), _at(delta), _at(position), threads.count())
     if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
         # t grows with the entry; what a sample's number adds to it is fixed.
         t = t + (t_enter - t_enter.detach())[ray]
@@ -121,13 +112,8 @@ class _RayWeights(torch.autograd.Function):
         feature, delta = feature.contiguous(), samples.delta.contiguous()
         alpha, weights = torch.empty_like(feature), torch.empty_like(feature)
         ends = (softplus, ctypes.c_float(shift), ctypes.c_float(scale))
-        given = (_at(feature), _at(delta), _at(samples.offsets))
-        threads.together(
-            [
-                partial(_library().weights_forward, *given, *_range(part), *ends, _at(alpha), _at(weights))
-                for part in threads.parts(samples.n_rays, _ALONE)
-            ]
-        )
+        given = (_at(feature), _at(delta), _at(samples.offsets), ctypes.c_int64(samples.n_rays), *ends)
+        _library().weights_forward(*given, _at(alpha), _at(weights), threads.count())
         ctx.save_for_backward(feature, delta, samples.offsets, alpha, weights)
         ctx.ends = ends
         return weights
@@ -136,13 +122,12 @@ class _RayWeights(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         feature, delta, offsets, alpha, weights = ctx.saved_tensors
         grad, gradient = grad.contiguous(), torch.empty_like(feature)
-        given = tuple(map(_at, (feature, delta, offsets, alpha, weights, grad)))
-        threads.together(
-            [
-                partial(_library().weights_backward, *given, *_range(part), *ctx.ends, _at(gradient))
-                for part in threads.parts(len(offsets) - 1, _ALONE)
-            ]
+        given = (
+            *map(_at, (feature, delta, offsets, alpha, weights, grad)),
+            ctypes.c_int64(len(offsets) - 1),
+            *ctx.ends,
         )
+        _library().weights_backward(*given, _at(gradient), threads.count())
         return gradient, None, None, None, None
 
 
@@ -159,17 +144,9 @@ class _Composite(torch.autograd.Function):
         weights, colour, t = weights.contiguous(), colour.contiguous(), t.contiguous()
         n_rays = len(offsets) - 1
         rgb, opacity, distance = torch.empty(n_rays, 3), torch.empty(n_rays), torch.empty(n_rays)
-        parts = threads.parts(n_rays, _ALONE)
-        # Where each share's coloured samples begin.
-        begins = torch.searchsorted(coloured, offsets[[first for first, _ in parts]]).tolist()
-        given = (_at(offsets), _at(coloured), ctypes.c_int64(len(coloured)))
+        given = (_at(weights), _at(t), _at(offsets), _at(coloured), ctypes.c_int64(len(coloured)), _at(colour))
         out = (_at(rgb), _at(opacity), _at(distance))
-        ctx.parts = [
-            (ctypes.c_int64(begin), _at(colour), *_range(part)) for begin, part in zip(begins, parts, strict=True)
-        ]
-        threads.together(
-            [partial(_library().composite_forward, _at(weights), _at(t), *given, *part, *out) for part in ctx.parts]
-        )
+        _library().composite_forward(*given, ctypes.c_int64(n_rays), *out, threads.count())
         ctx.save_for_backward(weights, colour, coloured, offsets)
         ctx.mark_non_differentiable(distance)
         return rgb, opacity, distance
@@ -179,9 +156,9 @@ class _Composite(torch.autograd.Function):
         weights, colour, coloured, offsets = ctx.saved_tensors
         to_rgb, to_opacity = to_rgb.contiguous(), to_opacity.contiguous()
         to_weights, to_colour = torch.empty_like(weights), torch.empty_like(colour)
-        given = (_at(weights), _at(offsets), _at(coloured), ctypes.c_int64(len(coloured)))
-        out = (_at(to_rgb), _at(to_opacity), _at(to_weights), _at(to_colour))
-        threads.together([partial(_library().composite_backward, *given, *part, *out) for part in ctx.parts])
+        given = (_at(weights), _at(offsets), _at(coloured), ctypes.c_int64(len(coloured)), _at(colour))
+        upstream, out = (_at(to_rgb), _at(to_opacity)), (_at(to_weights), _at(to_colour))
+        _library().composite_backward(*given, ctypes.c_int64(len(offsets) - 1), *upstream, *out, threads.count())
         return to_weights, to_colour, None, None, None
 
 

@@ -1,14 +1,14 @@
 // Marching, weights and compositing of packed samples, for CPUs; see compiled_rendering.py.
 //
 // Letters: B rays, K samples, k sample number. Compiled without contraction and reordering: a sample lives or not by
-// the same roundings as in components/marching.py, whose expressions these are. Nothing here starts a thread: callers
-// share out rays.
+// the same roundings as in components/marching.py, whose expressions these are. Rays are shared
+// out, and no two of them write to one place: results do not depend on the number of threads.
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "denormals.h"
 #include "density.h"
+#include "shares.h"
 
 extern "C" {
 struct Rays {
@@ -27,6 +27,8 @@ struct Mask {
 }
 
 namespace {
+
+constexpr int64_t RAYS = 1 << 7;  // of a share
 
 inline float number_of(const Rays& rays, int64_t ray, float k) { return rays.jitter ? k + rays.jitter[ray] : k; }
 
@@ -50,125 +52,139 @@ inline bool occupied(const Mask& mask, const float* xyz) {
 }  // namespace
 
 extern "C" {
-// Which candidates of rays first..end-1 live: `live` [K0], those of ray r from candidates[r] on, and counts [B].
-void march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t first, int64_t end,
-                 uint8_t* live, int64_t* counts) {
-    for (int64_t ray = first; ray < end; ++ray) {
-        const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
-        const int64_t n = candidates[ray + 1] - candidates[ray];
-        uint8_t* flags = live + candidates[ray];
-        int64_t count = 0;
-        for (int64_t k = 0; k < n; ++k) {
-            const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
-            float xyz[3];
-            bool inside = true;
-            for (int i = 0; i < 3; ++i) {
-                xyz[i] = o[i] + d[i] * t;
-                inside &= xyz[i] >= rays->low[i] && xyz[i] <= rays->high[i];
+// Which candidates of all rays live: `live` [K0], those of ray r from candidates[r] on, and counts [B].
+void march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t n_rays,
+                 uint8_t* live, int64_t* counts, int32_t threads) {
+    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+        for (int64_t ray = first; ray < end; ++ray) {
+            const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
+            const int64_t n = candidates[ray + 1] - candidates[ray];
+            uint8_t* flags = live + candidates[ray];
+            int64_t count = 0;
+            for (int64_t k = 0; k < n; ++k) {
+                const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
+                float xyz[3];
+                bool inside = true;
+                for (int i = 0; i < 3; ++i) {
+                    xyz[i] = o[i] + d[i] * t;
+                    inside &= xyz[i] >= rays->low[i] && xyz[i] <= rays->high[i];
+                }
+                flags[k] = inside && (!mask->cells || occupied(*mask, xyz));
+                count += flags[k];
             }
-            flags[k] = inside && (!mask->cells || occupied(*mask, xyz));
-            count += flags[k];
+            counts[ray] = count;
         }
-        counts[ray] = count;
-    }
+    });
 }
 
 // The samples that `live` tells, those of ray r from offsets[r] on.
 void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live, const int64_t* offsets,
-                int64_t n_samples, int64_t first, int64_t end, int64_t* ray_of, float* t_out, float* delta,
-                float* position) {
-    for (int64_t ray = first; ray < end; ++ray) {
-        const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
-        const int64_t n = candidates[ray + 1] - candidates[ray];
-        const uint8_t* flags = live + candidates[ray];
-        int64_t at = offsets[ray];
-        for (int64_t k = 0; k < n; ++k) {
-            if (!flags[k]) continue;
-            const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
-            const float following = number_of(*rays, ray, static_cast<float>(k) + 1);
-            ray_of[at] = ray;
-            t_out[at] = t;
-            delta[at] = k < n_samples - 1 ? t_of(*rays, ray, following) - t : 0;
-            for (int i = 0; i < 3; ++i)
-                position[3 * at + i] = (o[i] + d[i] * t - rays->low[i]) * rays->scale[i] - 1;
-            ++at;
+                int64_t n_samples, int64_t n_rays, int64_t* ray_of, float* t_out, float* delta,
+                float* position, int32_t threads) {
+    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+        for (int64_t ray = first; ray < end; ++ray) {
+            const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
+            const int64_t n = candidates[ray + 1] - candidates[ray];
+            const uint8_t* flags = live + candidates[ray];
+            int64_t at = offsets[ray];
+            for (int64_t k = 0; k < n; ++k) {
+                if (!flags[k]) continue;
+                const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
+                const float following = number_of(*rays, ray, static_cast<float>(k) + 1);
+                ray_of[at] = ray;
+                t_out[at] = t;
+                delta[at] = k < n_samples - 1 ? t_of(*rays, ray, following) - t : 0;
+                for (int i = 0; i < 3; ++i)
+                    position[3 * at + i] = (o[i] + d[i] * t - rays->low[i]) * rays->scale[i] - 1;
+                ++at;
+            }
         }
-    }
+    });
 }
 
-// alpha [K] and weights [K] of rays first..end-1 from density features [K].
-void weights_forward(const float* feature, const float* delta, const int64_t* offsets, int64_t first, int64_t end,
-                     int32_t softplus, float shift, float scale, float* alpha, float* weights) {
-    const FlushDenormals flush;
-    for (int64_t ray = first; ray < end; ++ray) {
-        double transmittance = 1;
-        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
-            alpha[i] = alpha_of(feature[i], delta[i] * scale, softplus, shift);
-            weights[i] = static_cast<float>(alpha[i] * transmittance);
-            transmittance *= 1 - alpha[i] + 1e-10f;
+// alpha [K] and weights [K] of all rays from density features [K].
+void weights_forward(const float* feature, const float* delta, const int64_t* offsets, int64_t n_rays,
+                     int32_t softplus, float shift, float scale, float* alpha, float* weights, int32_t threads) {
+    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+        const FlushDenormals flush;
+        for (int64_t ray = first; ray < end; ++ray) {
+            double transmittance = 1;
+            for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
+                alpha[i] = alpha_of(feature[i], delta[i] * scale, softplus, shift);
+                weights[i] = static_cast<float>(alpha[i] * transmittance);
+                transmittance *= 1 - alpha[i] + 1e-10f;
+            }
         }
-    }
+    });
 }
 
 // d loss / d feature [K] from d loss / d weights: dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
 void weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
-                      const float* weights, const float* upstream, int64_t first, int64_t end, int32_t softplus,
-                      float shift, float scale, float* gradient) {
-    const FlushDenormals flush;
-    std::vector<float> before;
-    for (int64_t ray = first; ray < end; ++ray) {
-        const int64_t begin = offsets[ray], n = offsets[ray + 1] - begin;
-        before.resize(n);
-        double transmittance = 1, later = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            before[i] = static_cast<float>(transmittance);
-            transmittance *= 1 - alpha[begin + i] + 1e-10f;
-        }
-        for (int64_t i = begin + n - 1; i >= begin; --i) {
-            const float rest = 1 - alpha[i];
-            const float to_alpha = upstream[i] * before[i - begin] - static_cast<float>(later) / (rest + 1e-10f);
-            later += static_cast<double>(upstream[i]) * weights[i];
-            float slope = feature[i] > 0;
-            if (softplus) {
-                const float x = feature[i] + shift, e = std::exp(x);
-                slope = x > 20 ? 1 : e / (1 + e);
+                      const float* weights, const float* upstream, int64_t n_rays, int32_t softplus,
+                      float shift, float scale, float* gradient, int32_t threads) {
+    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+        const FlushDenormals flush;
+        std::vector<float> before;
+        for (int64_t ray = first; ray < end; ++ray) {
+            const int64_t begin = offsets[ray], n = offsets[ray + 1] - begin;
+            before.resize(n);
+            double transmittance = 1, later = 0;
+            for (int64_t i = 0; i < n; ++i) {
+                before[i] = static_cast<float>(transmittance);
+                transmittance *= 1 - alpha[begin + i] + 1e-10f;
             }
-            gradient[i] = to_alpha * rest * (delta[i] * scale) * slope;
+            for (int64_t i = begin + n - 1; i >= begin; --i) {
+                const float rest = 1 - alpha[i];
+                const float to_alpha = upstream[i] * before[i - begin] - static_cast<float>(later) / (rest + 1e-10f);
+                later += static_cast<double>(upstream[i]) * weights[i];
+                float slope = feature[i] > 0;
+                if (softplus) {
+                    const float x = feature[i] + shift, e = std::exp(x);
+                    slope = x > 20 ? 1 : e / (1 + e);
+                }
+                gradient[i] = to_alpha * rest * (delta[i] * scale) * slope;
+            }
         }
-    }
+    });
 }
 
-// rgb [B, 3], opacity [B], distance [B] of rays first..end-1. coloured [Kc]: ascending; `at`: the first of these rays'.
+// rgb [B, 3], opacity [B], distance [B] of all rays. coloured [Kc]: ascending.
 void composite_forward(const float* weights, const float* t, const int64_t* offsets, const int64_t* coloured,
-                       int64_t n_coloured, int64_t at, const float* colour, int64_t first, int64_t end, float* rgb,
-                       float* opacity, float* distance) {
-    const FlushDenormals flush;
-    for (int64_t ray = first; ray < end; ++ray) {
-        float sum[3] = {0, 0, 0}, total = 0, far = 0;
-        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
-            total += weights[i];
-            far += weights[i] * t[i];
+                       int64_t n_coloured, const float* colour, int64_t n_rays, float* rgb,
+                       float* opacity, float* distance, int32_t threads) {
+    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+        const FlushDenormals flush;
+        int64_t at = std::lower_bound(coloured, coloured + n_coloured, offsets[first]) - coloured;
+        for (int64_t ray = first; ray < end; ++ray) {
+            float sum[3] = {0, 0, 0}, total = 0, far = 0;
+            for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) {
+                total += weights[i];
+                far += weights[i] * t[i];
+            }
+            for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)
+                for (int c = 0; c < 3; ++c) sum[c] += weights[coloured[at]] * colour[3 * at + c];
+            for (int c = 0; c < 3; ++c) rgb[3 * ray + c] = sum[c];
+            opacity[ray] = total;
+            distance[ray] = far;
         }
-        for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)
-            for (int c = 0; c < 3; ++c) sum[c] += weights[coloured[at]] * colour[3 * at + c];
-        for (int c = 0; c < 3; ++c) rgb[3 * ray + c] = sum[c];
-        opacity[ray] = total;
-        distance[ray] = far;
-    }
+    });
 }
 
 // d loss / d weights [K] and d loss / d colour [Kc, 3].
 void composite_backward(const float* weights, const int64_t* offsets, const int64_t* coloured, int64_t n_coloured,
-                        int64_t at, const float* colour, int64_t first, int64_t end, const float* to_rgb,
-                        const float* to_opacity, float* to_weights, float* to_colour) {
-    const FlushDenormals flush;
-    for (int64_t ray = first; ray < end; ++ray) {
-        for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) to_weights[i] = to_opacity[ray];
-        for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)
-            for (int c = 0; c < 3; ++c) {
-                to_weights[coloured[at]] += to_rgb[3 * ray + c] * colour[3 * at + c];
-                to_colour[3 * at + c] = to_rgb[3 * ray + c] * weights[coloured[at]];
-            }
-    }
+                        const float* colour, int64_t n_rays, const float* to_rgb,
+                        const float* to_opacity, float* to_weights, float* to_colour, int32_t threads) {
+    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+        const FlushDenormals flush;
+        int64_t at = std::lower_bound(coloured, coloured + n_coloured, offsets[first]) - coloured;
+        for (int64_t ray = first; ray < end; ++ray) {
+            for (int64_t i = offsets[ray]; i < offsets[ray + 1]; ++i) to_weights[i] = to_opacity[ray];
+            for (; at < n_coloured && coloured[at] < offsets[ray + 1]; ++at)
+                for (int c = 0; c < 3; ++c) {
+                    to_weights[coloured[at]] += to_rgb[3 * ray + c] * colour[3 * at + c];
+                    to_colour[3 * at + c] = to_rgb[3 * ray + c] * weights[coloured[at]];
+                }
+        }
+    });
 }
 }

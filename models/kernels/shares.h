@@ -1,0 +1,53 @@
+// Shares of a step's work, side by side.
+//
+// Threads live as long as a call: starting one takes some 20 microseconds, which is less than waking one through
+// Python, none of them ever waits by spinning (see threads.py), and a process may fork between calls.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// Numbers that begin with a cache line, so that no vector of them spans two; their values are not set unless given.
+template <class T>
+struct Aligned {
+    using value_type = T;
+    Aligned() = default;
+    template <class U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t(64)); }
+    template <class U>
+    void construct(U*) {}
+    template <class U>
+    void construct(U* at, const U& value) { *at = value; }
+    friend bool operator==(const Aligned&, const Aligned&) { return true; }
+    friend bool operator!=(const Aligned&, const Aligned&) { return false; }
+};
+using Floats = std::vector<float, Aligned<float>>;
+
+// body(share, thread) for shares 0..n-1, each as soon as one of `threads` threads is free; `thread` is its number.
+template <class Body>
+void share_out(int64_t n, int32_t threads, const Body& body) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&](int32_t thread) {
+        for (int64_t share; (share = next.fetch_add(1)) < n;) body(share, thread);
+    };
+    std::vector<std::thread> helpers;
+    try {
+        for (int32_t thread = 1; thread < std::min<int64_t>(threads, n); ++thread) helpers.emplace_back(work, thread);
+    } catch (const std::system_error&) {  // the system gives no more threads: those there are do everything
+    }
+    work(0);
+    for (auto& helper : helpers) helper.join();
+}
+
+// body(first, end) for 0..n-1, `size` at a time.
+template <class Body>
+void share_range(int64_t n, int64_t size, int32_t threads, const Body& body) {
+    share_out((n + size - 1) / size, threads,
+              [&](int64_t share, int32_t) { body(share * size, std::min((share + 1) * size, n)); });
+}
