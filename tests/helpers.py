@@ -1,5 +1,7 @@
 """Golden files, random fields, and where real data may lie."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,17 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = ROOT.parent / "shared"
 
 GOLDEN_FIELDS = ("vm_mlpfea", "vm_sh", "vm_mlp", "vm_rgb", "cp_mlpfea", "vm_ndc_relu")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in float32 proper, not TF32, which a training run in the same process may have chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

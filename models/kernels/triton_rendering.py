@@ -188,12 +188,18 @@ def _opacity(x):
 
 
 @triton.jit
-def _alpha(feature, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
-    """alpha [BLOCK] of samples i; 0 where not valid."""
-    f = tl.load(feature + i, mask=valid, other=0.0)
+def opacities(f, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
+    """alpha [BLOCK] of samples i with density features f [BLOCK]; 0 where not valid."""
     sigma = _softplus(f + shift) if SOFTPLUS else tl.where(f < 0, 0.0, f)  # which keeps NaN
     length = tl.load(delta + i, mask=valid, other=0.0) * scale
     return tl.where(valid, _opacity(sigma * length), 0.0)
+
+
+@triton.jit
+def _alpha(feature, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
+    """alpha [BLOCK] of samples i; 0 where not valid."""
+    f = tl.load(feature + i, mask=valid, other=0.0)
+    return opacities(f, delta, i, valid, shift, scale, SOFTPLUS)
 
 
 @triton.jit(do_not_specialize=["shift", "scale"])
