@@ -489,4 +489,4 @@ def test_every_kernel_compiles_for_gpus_and_marching_fuses_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.compile_triton", "80", "90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2 * 23
+    assert done.stdout.count("compiled") == 2 * 21

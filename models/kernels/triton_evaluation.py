@@ -91,9 +91,8 @@ def weights_until_opaque(
         kernel = _vm_until_opaque if planes else _cp_until_opaque
         numbers = (float(shift), float(scale), _OPAQUE)
         given = (samples.position.contiguous(), samples.delta.contiguous(), samples.offsets, *numbers)
+        factors = (*call.factors, *call.sizes, *call.counts, *call.padded)
         options = {"SOFTPLUS": activation == "softplus", "SEGMENT": _SEGMENT}
         with torch.cuda.device_of(weights):
-            kernel[(samples.n_rays,)](
-                weights, *given, *call.factors, *call.sizes, *call.counts, *call.padded, **options
-            )
+            kernel[(samples.n_rays,)](weights, *given, *factors, **options)
     return weights
