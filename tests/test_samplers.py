@@ -169,6 +169,24 @@ def test_one_pixel_is_enough(name):
     assert torch.isfinite(weight).all()
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+def test_batches_permuted_together_are_those_permuted_one_by_one(monkeypatch, filtered):
+    scene = small_scene(height=12, width=10)
+    kept = torch.rand(scene.n_pixels, generator=torch.Generator().manual_seed(2)) < 0.6 if filtered else None
+    one_by_one, steps = build("full", scene, kept=kept), range(scene.n_pixels // 16 + 20)  # into the next epoch
+    expected = [one_by_one.sample(step) for step in steps]
+    monkeypatch.setattr("samplers.standard._AHEAD", {"cpu": 7})
+    together = build("full", scene, kept=kept)
+    for step in steps:
+        if step == 10:  # between two draws: a resumed run goes on with the same batches
+            state = together.state_dict()
+            together = build("full", scene, kept=kept, seed=1)
+            together.load_state_dict(state)
+        batch = together.sample(step)
+        assert torch.equal(batch.image_id, expected[step].image_id)
+        assert torch.equal(batch.xy, expected[step].xy)
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes a host wait for a device: numbers read back, and shapes that depend on data."""
 

@@ -466,6 +466,7 @@ class _Products(torch.autograd.Function):
 
 
 def in_order(planes: list[Tensor], lines: list[Tensor]) -> list[Tensor]:
+    """Plane, line of each mode in turn, as Call takes them."""
     return [factor for pair in zip(planes, lines, strict=True) for factor in pair]
 
 
