@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from components.marching import Samples
+from components.regularisers import build_regularisers
 from components.types import Rays
 from models import kernels
 from models.kernels import gather_lookups, torch_lookups, torch_rendering
-from tests.helpers import ROOT, exact_products, random_field, random_rays
+from tests.helpers import ROOT, Waits, exact_products, random_field, random_rays
 from tests.test_kernels import Case, assert_equal_up_to_rounding
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -451,6 +452,22 @@ def test_a_rendered_field_and_its_gradients_equal_those_of_torch(model):
         results.append([out.rgb.detach(), out.depth, *(p.grad for p in field.parameters())])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * max(expected.abs().max().item(), 1e-3))
+
+
+@pytest.mark.skipif(ON_CUDA, reason="tests/test_cuda.py asks CUDA itself")
+@pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
+def test_a_step_waits_for_its_numbers_of_live_and_of_coloured_samples_alone(model):
+    field = random_field(1, model)
+    field.kernels = kernels.Kernels("", triton_lookups, triton_rendering)
+    optimizer = torch.optim.Adam(field.param_groups(0.02, 1e-3), fused=True)
+    rays = random_rays(1, 6)
+    with Waits() as waits:
+        out = field.render(rays, 1.0, torch.rand(6, 1), 61)
+        loss = out.rgb.square().mean() + sum(r(field, 1.0) for r in build_regularisers(1e-4, 1e-4, 1e-4, 1e-4))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    assert waits.count == 2
 
 
 def test_cuda_takes_triton_where_it_runs():

@@ -156,7 +156,7 @@ def march_box(
         counts = torch.empty_like(n_candidates)
         _count[(len(rays),)](counts, *arguments, **options)
         torch.cumsum(counts, 0, out=offsets[1:])
-        total = int(offsets[-1])  # the one wait for the device
+        total = int(offsets[-1])  # waits for the device, as memory for the samples needs their number
         ray = offsets.new_empty(total)
         t, delta, position = aabb.new_empty(total), aabb.new_empty(total), aabb.new_empty(total, 3)
         box_scale = 2.0 / (aabb[1] - aabb[0])  # as components.marching.normalise
