@@ -42,7 +42,7 @@ def _without_tf32():
 def _few_operations(monkeypatch):
     """For the interpreter: fewer operations a point, and blocks that a ray of the tests exceeds."""
     if not ON_CUDA:
-        monkeypatch.setattr(triton_evaluation, "_SEGMENT", 8)
+        monkeypatch.setattr(triton_evaluation, "_SEGMENT", 16)
         monkeypatch.setattr(triton_lookups, "_LENGTH", 4)
         monkeypatch.setattr(triton_lookups, "_TILE", 8192)
         monkeypatch.setattr(triton_lookups, "_GRADIENT_TILE", 4096)
@@ -388,7 +388,7 @@ def weighed(field, samples, fused):
 def test_weights_until_opaque_equal_the_definitions(model, density, scale):
     field = random_field(4, model, masked=False).to(DEVICE)
     field.config = dataclasses.replace(field.config, density_activation=density)
-    rays = random_rays(4, 500 if ON_CUDA else 12)
+    rays = random_rays(4, 500 if ON_CUDA else 7)
     with torch.no_grad():
         for line in field.density_line:
             line.mul_(scale)  # 30: many rays become opaque
@@ -421,7 +421,7 @@ def test_nothing_is_weighed_behind_an_opaque_sample_nor_looked_up_in_the_segment
 
 
 def test_distances_that_are_no_numbers_stay_visible_in_the_weights_of_their_ray_alone():
-    field, rays = scene(4, masked=False, n=10)
+    field, rays = scene(4, masked=False, n=4)
     samples = marched(torch_rendering, field, rays)
     samples.delta[3] = float("nan")
     weights = weighed(field, samples, True)
@@ -460,9 +460,9 @@ def test_a_step_waits_for_its_numbers_of_live_and_of_coloured_samples_alone(mode
     field = random_field(1, model)
     field.kernels = kernels.Kernels("", triton_lookups, triton_rendering)
     optimizer = torch.optim.Adam(field.param_groups(0.02, 1e-3), fused=True)
-    rays = random_rays(1, 6)
+    rays = random_rays(1, 3)
     with Waits() as waits:
-        out = field.render(rays, 1.0, torch.rand(6, 1), 61)
+        out = field.render(rays, 1.0, torch.rand(3, 1), 61)
         loss = out.rgb.square().mean() + sum(r(field, 1.0) for r in build_regularisers(1e-4, 1e-4, 1e-4, 1e-4))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
