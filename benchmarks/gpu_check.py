@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 # Seconds: all parts of the default call together, and what loading and scoring take beside training.
 DEADLINE, BESIDE_TRAINING = 570.0, 60.0
-TESTS = ["-m", "pytest", "-m", "cuda", "--durations=5", "--continue-on-collection-errors"]
+PYTEST = ["-m", "pytest", "-m", "cuda", "--durations=5", "--continue-on-collection-errors", "tests/test_triton.py"]
+TESTS = [*PYTEST, "tests/test_cuda.py"]
 # compute-sanitizer checks every access, tens of times slower: without the tests of millions of points.
-SANITIZED = [*TESTS, "tests/test_triton.py", "-k", "not millions and not more_points and not more_samples"]
+SANITIZED = [*PYTEST, "-k", "not millions and not more_points and not more_samples"]
 MINIMUM_RATIO, MOST_WAITS = 8.0, 2.0
 LEAST_PSNR, MOST_SECONDS, MOST_MB = 36.4, 120.0, 1536.0
 
