@@ -13,11 +13,12 @@ test: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-# On a CUDA machine, in under 10 minutes: the tests marked cuda, one step beside the dense twin, and as much of a full
-# lego training as fits. Writes benchmarks/results/gpu_check.json. GPU_PYTHON=... uses a Python that has torch already.
+# On a CUDA machine, in under 10 minutes: the tests marked cuda, kernels and a step timed beside their twins, and as much
+# of a full lego training as fits. Writes benchmarks/results/gpu_check.json. GPU_PYTHON=... uses a Python that has torch
+# already; GPU_CHECK="--full" measures half the rays too, and runs compute-sanitizer.
 GPU_PYTHON ?= $(BIN)/python
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/ready)
-	$(GPU_PYTHON) -m benchmarks.gpu_check
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

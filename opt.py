@@ -252,7 +252,7 @@ OPTIONS = {
         Option("lpips_weights", PATH, None, "folder with the LPIPS backbones, where they are not in torch's cache"),
         Option("progress_refresh_rate", whole(1), 10, "steps between updates of the progress bar and the log"),
         Option("save_every", whole(1), 1000, "steps between checkpoints"),
-        Option("eval_chunk", whole(1), 8192, "rays rendered at once in evaluations"),
+        Option("eval_chunk", whole(0), 0, "rays rendered at once in evaluations; 0: 8192, on CUDA by free memory"),
     ),
 }
 BY_NAME = {option.name: option for group in OPTIONS.values() for option in group}

@@ -110,6 +110,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = False  # convolutions are those of SSIM, LPIPS and edges
     return device
 
 

@@ -38,6 +38,8 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     from utils.timing import PhaseTimer
 
     device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as train.py; both sides
     field = (before_mask if field_name == "before" else after_mask)(device)
     rays = camera_rays(n_rays, 0, device)
     target = torch.rand(n_rays, 3, generator=torch.Generator().manual_seed(3)).to(device)
@@ -149,7 +151,7 @@ def main() -> None:
     for field in FIELDS:
         for variant in VARIANTS:
             r = by_case[variant, field]
-            ms = " | ".join(f"{r['ms'][p]:.0f}" for p in ("step", "forward", "backward", "optimizer"))
+            ms = " | ".join(f"{r['ms'][p]:.3g}" for p in ("step", "forward", "backward", "optimizer"))
             per_ray = f"{r['live_per_ray']:.1f}, {r['colour_per_ray']:.1f}"
             print(f"| {field} mask | {variant} | {ms} | {r['step_memory_mb']:.0f} | {per_ray} |")
         twin, packed = by_case["twin", field], by_case["packed", field]

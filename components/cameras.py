@@ -49,7 +49,8 @@ def rays_of(xy: Tensor, c2w: Tensor, intrinsics: Tensor, width: int, height: int
     camera = pinhole_directions(xy, intrinsics)
     if not ndc:
         camera = camera / torch.linalg.vector_norm(camera, dim=-1, keepdim=True)
-    directions = (c2w[..., :3] @ camera[..., None]).squeeze(-1)
+    # Not a matrix product: on CUDA that may be in TF32, whose rounding moves a ray by up to half a pixel.
+    directions = (c2w[..., :3] * camera[..., None, :]).sum(-1)
     origins = c2w[..., 3].expand_as(directions)
     if ndc:
         return to_ndc(origins, directions, width, height, intrinsics[..., 0], NDC_NEAR_PLANE)

@@ -21,6 +21,9 @@ from utils.images import depth_range, depth_to_color, open_video, save_png, side
 
 RenderRays = Callable[[Rays], RenderOutput]
 VIDEO_FPS = 30
+# Rays rendered at once, unless the caller says; on CUDA so many as half the free memory holds, if a ray takes RAY_BYTES
+# (a thousand samples, a third of them coloured; more would be rare, and ends in smaller parts), within these limits.
+CPU_CHUNK, CUDA_CHUNKS, RAY_BYTES = 8192, (1024, 65536), 1 << 17
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,33 @@ def evenly_spaced(n_views: int, n_vis: int) -> list[int]:
     return list(range(0, n_views, 1 if n_vis < 0 else max(n_views // n_vis, 1)))
 
 
+def rays_at_once(device: torch.device) -> int:
+    """How many rays of a view to render at once on `device`, by the memory that is free now."""
+    if device.type != "cuda":
+        return CPU_CHUNK
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    least, most = CUDA_CHUNKS
+    return min(max(free // 2 // RAY_BYTES, least), most)
+
+
 @torch.no_grad()
-def render_view(scene: Scene, render_rays: RenderRays, c2w: Tensor, intrinsics: Tensor, chunk: int) -> View:
-    """All pixels of one camera, c2w [3, 4] and intrinsics [4], `chunk` rays at a time."""
+def render_view(scene: Scene, render_rays: RenderRays, c2w: Tensor, intrinsics: Tensor, chunk: int = 0) -> View:
+    """All pixels of one camera, c2w [3, 4] and intrinsics [4], `chunk` rays at a time (0: see rays_at_once); half as
+    many from there on where the device's memory does not suffice."""
     rays = image_rays(scene, c2w, intrinsics)
-    parts = [render_rays(rays[start : start + chunk]) for start in range(0, len(rays), chunk)]
+    chunk, parts, start = chunk or rays_at_once(rays.origins.device), [], 0
+    while start < len(rays):
+        try:
+            parts.append(render_rays(rays[start : start + chunk]))
+            start += chunk
+            continue
+        except torch.OutOfMemoryError:
+            if chunk == 1:
+                raise
+        # Outside of the handler, whose exception still holds what the attempt had allocated.
+        chunk //= 2
+        torch.cuda.empty_cache()
     shape = (scene.height, scene.width)
     return View(
         torch.cat([part.rgb for part in parts]).reshape(*shape, 3),
@@ -97,7 +122,7 @@ def evaluate(
     indices: Sequence[int],
     perceptual: PerceptualMetrics,
     out_dir: Path | None = None,
-    chunk: int = 8192,
+    chunk: int = 0,
     save_video: bool = False,
     progress: bool = True,
     prefix: str = "",
@@ -133,7 +158,7 @@ def render_poses(
     poses: Tensor,
     intrinsics: Tensor,
     out_dir: Path,
-    chunk: int = 8192,
+    chunk: int = 0,
     progress: bool = True,
 ) -> None:
     """Render a camera path, poses [P, 3, 4] with intrinsics [4], at the scene's resolution.

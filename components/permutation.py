@@ -40,7 +40,8 @@ def permute(x: Tensor, key: Tensor, n: int) -> Tensor:
     """The image of x [B] int64 in 0..n-1 under the permutation of 0..n-1 that `key` ([B] int64, >= 0) names."""
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
-    walks = _WALKS if n >= _SMALL else a * b - n
+    # No walk is longer than there are values outside: none at all where n is a square, as of square images.
+    walks = min(_WALKS, a * b - n) if n >= _SMALL else a * b - n
     y = _feistel(x, key, a, b)
     # Asking whether all have arrived would make the host wait for a GPU; a small set may need a long walk, though.
     ask = n < _SMALL or x.device.type == "cpu"

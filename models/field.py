@@ -136,6 +136,7 @@ class Field(nn.Module):
         c, rendering = self.config, self.kernels.rendering
         samples = self.march(rays, jitter, n_samples or self.n_samples)
         weights = self.weights(samples)
+        # On CUDA a step waits for the device twice: in march_box for the number of live samples, and here.
         coloured = (weights > c.weight_threshold).nonzero()[:, 0]
         view = rays.directions
         if c.ndc:

@@ -11,17 +11,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from models.kernels import triton_common, triton_lookups, triton_rendering
+from models.kernels import triton_common, triton_evaluation, triton_lookups, triton_rendering
 
 # Types of the parameters; what is not here and not a size is a pointer to float32.
 LONGS = ["n_candidates", "counts", "offsets", "rays", "coloured", "coloured_offsets"]
 TYPES = {**dict.fromkeys(LONGS, "*i64"), **dict.fromkeys(("cells", "allowed"), "*u8")}
-TYPES |= {"n": "i32", "n_samples": "i32", "step": "fp32", "shift": "fp32"}
+TYPES |= {"n": "i32", "n_samples": "i32", "step": "fp32", "shift": "fp32", "opaque": "fp32"}
 
 
 def compiled(kernel, capability: int, constants: dict, types=(), **options) -> str:
-    """PTX of a kernel."""
+    """PTX of a kernel; constants that it does not have are left out."""
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     types = {**TYPES, **{name: "i32" for name in names if name.startswith("size_")}, **dict(types)}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
@@ -46,6 +47,10 @@ def main() -> None:
             if count == 16:
                 compiled(triton_lookups._vm_positions, capability, modes)
                 compiled(triton_lookups._cp_positions, capability, one)
+                segment = {"SOFTPLUS": True, "SEGMENT": triton_evaluation._SEGMENT}
+                scalar = {"scale": "fp32"}
+                compiled(triton_evaluation._vm_until_opaque, capability, modes | segment, scalar)
+                compiled(triton_evaluation._cp_until_opaque, capability, one | segment, scalar)
             if count == 48:
                 compiled(triton_lookups._vm_forward, capability, modes)
                 compiled(triton_lookups._cp_forward, capability, one)

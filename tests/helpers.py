@@ -1,9 +1,12 @@
-"""Golden files, random fields, and where real data may lie."""
+"""Golden files, random fields, what waits for a device, and where real data may lie."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.types import Rays
 from models import build_field
@@ -15,6 +18,17 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = ROOT.parent / "shared"
 
 GOLDEN_FIELDS = ("vm_mlpfea", "vm_sh", "vm_mlp", "vm_rgb", "cp_mlpfea", "vm_ndc_relu")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in float32 proper, not TF32, which a training run in the same process may have chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -110,3 +124,25 @@ def random_rays(seed: int, n: int, ndc=False) -> Rays:
     origins[0], directions[0] = torch.tensor([0.1, 0.2, -4.0]), torch.tensor([0.0, 0.0, 1.0])
     directions[1] = -directions[1]
     return Rays(origins, directions)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for a device: numbers read back, and shapes that depend on data."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        to_host = name != "_to_copy" or (kwargs or {}).get("device") == torch.device("cpu")
+        self.count += any(name.startswith(wait) for wait in self.names) and to_host
+        # Indexing by a mask looks for its true entries; a repetition by counts asks for their sum, unless it is told.
+        indices = args[1] if name.lstrip("_").startswith(("index", "unsafe_index")) and len(args) > 1 else ()
+        by_mask = isinstance(indices, list | tuple) and any(x is not None and x.dtype == torch.bool for x in indices)
+        self.count += by_mask
+        told = (kwargs or {}).get("output_size") is not None
+        self.count += name.startswith("repeat_interleave") and isinstance(args[0], torch.Tensor) and not told
+        return function(*args, **(kwargs or {}))

@@ -1,12 +1,13 @@
 """The benchmarks' fields do the work they claim, and the README's tables are those of the committed JSON."""
 
 import json
+import sys
 
 import cv2
 import pytest
 import torch
 
-from benchmarks import readme_tables, scaling
+from benchmarks import gpu_check, kernels, readme_tables, scaling
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
@@ -34,6 +35,105 @@ def test_a_step_is_measured_in_all_its_phases(variant):
     assert min(result["ms"].values()) > 0
     assert result["ms"]["step"] >= result["ms"]["backward"]
     assert result["live_per_ray"] > result["colour_per_ray"] > 0
+
+
+@pytest.mark.parametrize("field", ["before", "after"])
+def test_every_kernel_is_timed_forward_and_where_it_has_one_backward(field):
+    report = kernels.measure(field, torch.device("cpu"), 16, 1)
+    assert set(report) == {"march", "density", "weights", "appearance", "composite", "until_opaque"}
+    for name, backends in report.items():
+        assert "torch-gather" in backends
+        for times in backends.values():
+            assert min(times.values()) > 0
+            assert ("backward_ms" in times) == (name not in ("march", "until_opaque"))
+
+
+# --- gpu-check, as far as it goes without a GPU ---
+def fake_parts(scene="lego", complete=True, seconds=100.0):
+    training = {"scene": scene, "complete": complete, "train_seconds": seconds, "psnr": 36.5, "peak_memory_mb": 1600.0}
+    step = {"time_ratio_twin_over_packed": {"before": 9.0, "after": 7.9}}
+    results = {"step": step, "launches": {"full": {"waits_per_step": 2.0}}, "training": training}
+    return {name: {"holds": True, "output": [], "result": result} for name, result in results.items()}
+
+
+def verdicts(parts):
+    return [row["verdict"] for row in gpu_check.targets(parts)]
+
+
+def test_targets_are_met_or_missed_or_not_measured():
+    missing = "not measured (data missing)"
+    assert verdicts(fake_parts()) == ["met", "missed", "met", "met", "met", "missed"]
+    assert verdicts(fake_parts("shapes_400")) == ["met", "missed", "met", *[missing] * 3]
+    stopped = ["not measured", "missed", "not measured"]
+    assert verdicts(fake_parts(complete=False, seconds=240.0)) == ["met", "missed", "met", *stopped]
+    assert verdicts(fake_parts(complete=False)) == ["met", "missed", "met", *["not measured"] * 3]
+    assert verdicts({}) == ["not measured"] * 6
+
+
+def run_check(monkeypatch, tmp_path, *argv):
+    """(exit code, report) of gpu-check on a machine that says it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    code = gpu_check.main(["--out", str(tmp_path / "out" / "check.json"), *argv])
+    return code, json.loads((tmp_path / "out" / "check.json").read_text())
+
+
+def test_a_part_that_fails_is_recorded_and_the_others_run(monkeypatch, tmp_path, capsys):
+    def call(command, seconds):
+        if "benchmarks.kernels" in command:
+            raise OSError("no such thing")
+        if "benchmarks.launches" in command:
+            return {"holds": False, "error": "exit code 1", "output": ["Traceback"]}
+        return {
+            "holds": True,
+            "output": [],
+            "result": {"scene": "shapes_400"} if "benchmarks.training" in command else {},
+        }
+
+    monkeypatch.setattr(gpu_check, "call", call)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    (tmp_path / "step_cuda.json").write_text(json.dumps({"time_ratio_twin_over_packed": {"before": 8.5, "after": 8.0}}))
+    code, report = run_check(monkeypatch, tmp_path)
+    assert code == 1
+    assert list(report["parts"]) == ["tests", "kernels", "step", "launches", "training"]
+    assert not report["holds"]
+    assert report["parts"]["kernels"]["error"] == "OSError: no such thing"
+    assert [row["verdict"] for row in report["targets"]][:2] == ["met", "met"]
+    assert "gpu-check FAILED: kernels, launches" in capsys.readouterr().out
+
+
+def test_all_parts_of_a_full_check_end_in_one_report(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(
+        gpu_check, "call", lambda command, seconds: commands.append(command) or {"holds": True, "output": []}
+    )
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    (tmp_path / "step_cuda.json").write_text("{}")
+    for tool, n_commands in ((None, 7), ("/usr/bin/compute-sanitizer", 8)):
+        commands.clear()
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name, tool=tool: tool)
+        code, report = run_check(monkeypatch, tmp_path, "--full")
+        assert code == 0
+        assert len(report["parts"]) == 8
+        assert len(commands) == n_commands
+        assert (report["parts"]["compute-sanitizer"]["output"] == ["not installed"]) == (tool is None)
+
+
+def test_a_part_is_called_in_a_process_of_its_own_and_killed_when_its_time_is_up():
+    python = [sys.executable, "-c"]
+    done = gpu_check.call([*python, "print('a'); print('{\"b\": 1}')"], 60.0)
+    assert (done["holds"], done["output"], done["result"]) == (True, ["a"], {"b": 1})
+    failed = gpu_check.call([*python, "raise SystemExit('why')"], 60.0)
+    assert (failed["holds"], failed["error"], failed["output"]) == (False, "exit code 1", ["why"])
+    late = gpu_check.call([*python, "import time; print('a', flush=True); time.sleep(60)"], 1.0)
+    assert (late["holds"], late["error"], late["output"]) == (False, "took longer than 1 s", ["a"])
+    assert late["seconds"] < 30
+
+
+def test_without_a_gpu_nothing_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "check.json")]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_committed_results_name_device_and_commit():

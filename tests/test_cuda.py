@@ -1,14 +1,20 @@
-"""CUDA equals the CPU: renderings, gradients, trainings, resumed runs. `make gpu-check` runs what is marked cuda."""
+"""CUDA equals the CPU: renderings, gradients, trainings, resumed runs, and how often a step waits. The kernels one by
+one are in tests/test_triton.py. `make gpu-check` runs what is marked cuda."""
+
+import warnings
 
 import pytest
 import torch
 
 import train
-from components.pixel_sets import PixelSet
+from components.cameras import cast_rays
+from components.pixel_sets import PixelSet, pixel_batch
+from components.regularisers import build_regularisers
 from components.types import Rays
+from models.optimizers import make_adam
 from opt import parse_options
 from samplers import SAMPLERS, build_sampler
-from tests.helpers import random_field, random_rays
+from tests.helpers import exact_products, random_field, random_rays
 from tests.reference import dense_render
 from tests.test_cameras import small_scene
 from tests.test_training import data_folder, options, run_folder  # noqa: F401 - data_folder is a fixture
@@ -17,6 +23,12 @@ from utils.errors import CheckpointError
 from utils.seeds import make_generator
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _without_tf32():
+    with exact_products():  # and back to it after a training, which chooses TF32
+        yield
 
 
 def on(device, model, ndc, masked=True, seed=0, n=500):
@@ -48,6 +60,51 @@ def test_cuda_equals_the_cpu_and_the_dense_twin_on_cuda(model, ndc, masked):
                 # A sample on the edge of the box, the mask or the weight threshold may fall either way.
                 close = torch.isclose(cuda, other, rtol=1e-3, atol=1e-4 * max(other.abs().max().item(), 1e-6))
                 assert close.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("ndc", [False, True])
+@pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
+def test_evaluations_that_stop_behind_opaque_samples_show_the_same_picture(model, ndc):
+    field, rays = on("cuda", model, ndc, seed=4)
+    assert field.kernels.weights_until_opaque is not None
+    with torch.no_grad():
+        for line in field.density_line:
+            line.mul_(30.0)  # many rays become opaque
+        fast = field.render(rays, 1.0)
+    whole = field.render(rays, 1.0)
+    assert (whole.opacity > 0.999).any()
+    for name in ("rgb", "opacity", "depth"):
+        torch.testing.assert_close(getattr(fast, name), getattr(whole, name).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_rays_are_those_of_the_cpu_where_matrix_products_are_in_tf32():
+    scene = small_scene(n_images=5, height=150, width=170)
+    index = torch.arange(0, scene.n_pixels, 7)
+    torch.set_float32_matmul_precision("high")
+    cpu = cast_rays(scene, pixel_batch(index, scene.height, scene.width))
+    cuda = cast_rays(scene.to("cuda"), pixel_batch(index.to("cuda"), scene.height, scene.width))
+    torch.testing.assert_close(cuda.directions.cpu(), cpu.directions, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
+def test_a_step_waits_for_its_numbers_of_live_and_of_coloured_samples_alone(model):
+    field, rays = on("cuda", model, False)
+    optimizer = make_adam(field.param_groups(0.02, 1e-3))
+    assert optimizer.defaults["fused"]
+    for _ in range(2):  # kernels are compiled in the first
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                out = field.render(rays, 1.0, torch.rand(len(rays), 1, device="cuda"), 61)
+                loss = out.rgb.square().mean() + sum(r(field, 1.0) for r in build_regularisers(1e-4, 1e-4, 1e-4, 1e-4))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) == 2, waits
 
 
 def test_a_cuda_training_learns_as_the_cpu_does(data_folder, tmp_path):  # noqa: F811

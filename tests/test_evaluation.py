@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from components.evaluation import Evaluation, evaluate, evenly_spaced, render_poses, render_view
+from components.evaluation import Evaluation, evaluate, evenly_spaced, rays_at_once, render_poses, render_view
 from components.metrics import psnr, ssim
 from components.perceptual import PerceptualMetrics
 from components.types import RenderOutput, Scene
@@ -85,6 +85,40 @@ def test_a_view_does_not_depend_on_the_chunk(scene, chunk):
     assert (view.depth.diff(dim=1) > 0).all()
     assert (view.opacity[: HEIGHT // 2] == 0).all()
     assert (view.opacity[HEIGHT // 2 :] == 1).all()
+
+
+@pytest.mark.parametrize("fits", [1, 30, 100])
+def test_where_memory_does_not_suffice_a_view_is_rendered_in_smaller_parts(scene, fits):
+    sizes = []
+
+    def render(rays):
+        if len(rays) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(rays))
+        return paint(rays)
+
+    view = render_view(scene, render, scene.c2w[1], scene.intrinsics[1], 200)
+    assert torch.equal(view.rgb, render_view(scene, paint, scene.c2w[1], scene.intrinsics[1]).rgb)
+    assert max(sizes) == {1: 1, 30: 25, 100: 100}[fits]
+
+
+def test_memory_that_holds_not_even_a_ray_ends_the_rendering(scene):
+    def render(rays):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        render_view(scene, render, scene.c2w[1], scene.intrinsics[1])
+
+
+@pytest.mark.parametrize(("free_gib", "rays"), [(0, 1024), (1, 4096), (4, 16384), (100, 65536)])
+def test_the_rays_at_once_follow_the_memory_that_is_free_on_cuda(monkeypatch, free_gib, rays):
+    # A part of what is free is kept by torch, from tensors that are gone.
+    kept = free_gib << 28
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((free_gib << 30) - kept, 200 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (7 << 30) + kept)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7 << 30)
+    assert rays_at_once(torch.device("cuda")) == rays
+    assert rays_at_once(torch.device("cpu")) == 8192
 
 
 def test_no_gradient_is_recorded_while_rendering(scene):

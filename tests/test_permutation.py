@@ -84,3 +84,13 @@ def test_each_index_takes_its_own_key():
 def test_the_order_of_a_key_is_the_same_everywhere():
     """A resumed run on another machine must continue the same epoch."""
     assert images(1000, 2024, 0, 6).tolist() == [143, 365, 663, 232, 888, 483]
+
+
+def test_a_square_number_of_pixels_needs_no_walks(monkeypatch):
+    # Each walk is as many launches as the permutation itself on a device that is not asked whether one is needed.
+    passes = []
+    monkeypatch.setattr("components.permutation._feistel", lambda x, *_: passes.append(x) or x)
+    permute(torch.arange(10, device="meta"), torch.zeros(10, dtype=torch.int64, device="meta"), 64_000_000)
+    assert len(passes) == 1
+    permute(torch.arange(10, device="meta"), torch.zeros(10, dtype=torch.int64, device="meta"), 64_000_001)
+    assert len(passes) == 10

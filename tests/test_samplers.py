@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.cameras import cast_rays
 from components.pixel_sets import PixelSet
 from components.types import PixelBatch
 from opt import parse_options
 from samplers import SAMPLERS, build_sampler, check_strategy
+from tests.helpers import Waits
 from tests.test_cameras import small_scene
 from utils.errors import OptionError
 from utils.seeds import make_generator
@@ -169,26 +169,22 @@ def test_one_pixel_is_enough(name):
     assert torch.isfinite(weight).all()
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes a host wait for a device: numbers read back, and shapes that depend on data."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_copy")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        to_host = name != "_to_copy" or (kwargs or {}).get("device") == torch.device("cpu")
-        self.count += any(name.startswith(wait) for wait in self.names) and to_host
-        # Indexing by a mask looks for its true entries; a repetition by counts asks for their sum, unless it is told.
-        indices = args[1] if name.lstrip("_").startswith(("index", "unsafe_index")) and len(args) > 1 else ()
-        by_mask = isinstance(indices, list | tuple) and any(x is not None and x.dtype == torch.bool for x in indices)
-        self.count += by_mask
-        told = (kwargs or {}).get("output_size") is not None
-        self.count += name.startswith("repeat_interleave") and isinstance(args[0], torch.Tensor) and not told
-        return function(*args, **(kwargs or {}))
+@pytest.mark.parametrize("filtered", [False, True])
+def test_batches_permuted_together_are_those_permuted_one_by_one(monkeypatch, filtered):
+    scene = small_scene(height=12, width=10)
+    kept = torch.rand(scene.n_pixels, generator=torch.Generator().manual_seed(2)) < 0.6 if filtered else None
+    one_by_one, steps = build("full", scene, kept=kept), range(scene.n_pixels // 16 + 20)  # into the next epoch
+    expected = [one_by_one.sample(step) for step in steps]
+    monkeypatch.setattr("samplers.standard._AHEAD", {"cpu": 7})
+    together = build("full", scene, kept=kept)
+    for step in steps:
+        if step == 10:  # between two draws: a resumed run goes on with the same batches
+            state = together.state_dict()
+            together = build("full", scene, kept=kept, seed=1)
+            together.load_state_dict(state)
+        batch = together.sample(step)
+        assert torch.equal(batch.image_id, expected[step].image_id)
+        assert torch.equal(batch.xy, expected[step].xy)
 
 
 @pytest.mark.parametrize(

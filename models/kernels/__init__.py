@@ -39,13 +39,13 @@ def select(device: torch.device) -> Kernels:
     if device.type == "cpu" and libraries() is not None:
         return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, compiled_lookups.weights_until_opaque)
     if device.type == "cuda" and (modules := _triton()) is not None:
-        return Kernels("cuda-triton", *modules)
+        return Kernels("cuda-triton", *modules[:2], modules[2].weights_until_opaque)
     return Kernels("torch-gather", gather_lookups, torch_rendering)
 
 
 @functools.cache
-def _triton() -> tuple[ModuleType, ModuleType] | None:
-    """(lookups, rendering) in Triton; None, and one line that says why, where it is missing or cannot run.
+def _triton() -> tuple[ModuleType, ModuleType, ModuleType] | None:
+    """(lookups, rendering, evaluation) in Triton; None, and one line that says why, where it is missing or cannot run.
 
     Triton needs a C compiler for its launchers and a GPU that it knows, which a first launch finds out.
     """
@@ -56,6 +56,6 @@ def _triton() -> tuple[ModuleType, ModuleType] | None:
         reason = " ".join(str(error).split())[:200]
         say(f"Triton's kernels cannot be used ({reason}): torch's serve, more slowly and with more memory")
         return None
-    from models.kernels import triton_lookups, triton_rendering
+    from models.kernels import triton_evaluation, triton_lookups, triton_rendering
 
-    return triton_lookups, triton_rendering
+    return triton_lookups, triton_rendering, triton_evaluation

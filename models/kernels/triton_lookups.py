@@ -31,7 +31,7 @@ _LENGTH = 16
 # Products (points x components) held at once: 64 MiB.
 _CHUNK_VALUES = 1 << 24
 # Grids grow and numbers of points change while training: kernels are not compiled anew for their divisibility.
-_SIZES = [f"size_{axis}{mode}" for mode in range(3) for axis in "uvw"]
+SIZES = [f"size_{axis}{mode}" for mode in range(3) for axis in "uvw"]
 
 
 # --- pieces of kernels -----------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def _bilinear(p00, p10, p01, p11, fu, fv):
 
 
 @triton.jit
-def _line_values(line, xyz, k, live, AXIS: tl.constexpr, size, C: tl.constexpr, C2: tl.constexpr):
+def line_values(line, xyz, k, live, AXIS: tl.constexpr, size, C: tl.constexpr, C2: tl.constexpr):
     """[P, C2] linear lookups at points k."""
     w, fw = _along(xyz, k, live, AXIS, size)
     l0, l1 = _read_line(line, w, size, C, C2)
@@ -108,7 +108,7 @@ def _line_values(line, xyz, k, live, AXIS: tl.constexpr, size, C: tl.constexpr, 
 
 
 @triton.jit
-def _vm_products(
+def vm_products(
     plane, line, xyz, k, live, size_u, size_v, size_w,
     U: tl.constexpr, V: tl.constexpr, W: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _vm_products(
     u, fu = _along(xyz, k, live, U, size_u)
     v, fv = _along(xyz, k, live, V, size_v)
     p00, p10, p01, p11 = _read_plane(plane, u, v, size_u, size_v, C, C2)
-    return _bilinear(p00, p10, p01, p11, fu, fv) * _line_values(line, xyz, k, live, W, size_w, C, C2)
+    return _bilinear(p00, p10, p01, p11, fu, fv) * line_values(line, xyz, k, live, W, size_w, C, C2)
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _upstream(upstream, k, live, SUM: tl.constexpr, WIDTH: tl.constexpr, OFFSET:
 
 # --- forward: one program for P points, all modes --------------------------------------------------------------------
 # Axes 0, 1, 2 in these kernels are torch_lookups' PLANE_AXES and LINE_AXES.
-@triton.jit(do_not_specialize=["n", *_SIZES])
+@triton.jit(do_not_specialize=["n", *SIZES])
 def _vm_forward(
     out, xyz, n, plane0, line0, plane1, line1, plane2, line2,
     size_u0, size_v0, size_w0, size_u1, size_v1, size_w1, size_u2, size_v2, size_w2,
@@ -150,9 +150,9 @@ def _vm_forward(
     """Products of all modes, summed into out [K] or side by side in out [K, C_0 + C_1 + C_2]."""
     k = numbered(tl.program_id(0), P)
     live = k < n
-    first = _vm_products(plane0, line0, xyz, k, live, size_u0, size_v0, size_w0, 0, 1, 2, C_0, C2_0)
-    second = _vm_products(plane1, line1, xyz, k, live, size_u1, size_v1, size_w1, 0, 2, 1, C_1, C2_1)
-    third = _vm_products(plane2, line2, xyz, k, live, size_u2, size_v2, size_w2, 1, 2, 0, C_2, C2_2)
+    first = vm_products(plane0, line0, xyz, k, live, size_u0, size_v0, size_w0, 0, 1, 2, C_0, C2_0)
+    second = vm_products(plane1, line1, xyz, k, live, size_u1, size_v1, size_w1, 0, 2, 1, C_1, C2_1)
+    third = vm_products(plane2, line2, xyz, k, live, size_u2, size_v2, size_w2, 1, 2, 0, C_2, C2_2)
     if SUM:
         tl.store(out + k, tl.sum(first, 1) + tl.sum(second, 1) + tl.sum(third, 1), mask=live)
     else:
@@ -160,6 +160,16 @@ def _vm_forward(
         _store_products(out, first, k, live, WIDTH, 0, C_0, C2_0)
         _store_products(out, second, k, live, WIDTH, C_0, C_1, C2_1)
         _store_products(out, third, k, live, WIDTH, C_0 + C_1, C_2, C2_2)
+
+
+@triton.jit
+def cp_products(
+    line0, line1, line2, xyz, k, live, size_0, size_1, size_2, C: tl.constexpr, C2: tl.constexpr
+):  # fmt: skip
+    """[P, C2] products of three lines at points k."""
+    products = line_values(line0, xyz, k, live, 2, size_0, C, C2)
+    products *= line_values(line1, xyz, k, live, 1, size_1, C, C2)
+    return products * line_values(line2, xyz, k, live, 0, size_2, C, C2)
 
 
 @triton.jit(do_not_specialize=["n", "size_0", "size_1", "size_2"])
@@ -170,9 +180,7 @@ def _cp_forward(
     """Products of three lines, summed into out [K] or out [K, C] itself."""
     k = numbered(tl.program_id(0), P)
     live = k < n
-    products = _line_values(line0, xyz, k, live, 2, size_0, C, C2)
-    products *= _line_values(line1, xyz, k, live, 1, size_1, C, C2)
-    products *= _line_values(line2, xyz, k, live, 0, size_2, C, C2)
+    products = cp_products(line0, line1, line2, xyz, k, live, size_0, size_1, size_2, C, C2)
     if SUM:
         tl.store(out + k, tl.sum(products, 1), mask=live)
     else:
@@ -319,7 +327,7 @@ def _vm_slopes(
     return slope_u, slope_v, slope_w
 
 
-@triton.jit(do_not_specialize=["n", *_SIZES])
+@triton.jit(do_not_specialize=["n", *SIZES])
 def _vm_positions(
     gradient, upstream, xyz, n, plane0, line0, plane1, line1, plane2, line2,
     size_u0, size_v0, size_w0, size_u1, size_v1, size_w1, size_u2, size_v2, size_w2,
@@ -369,7 +377,7 @@ def _cp_positions(
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
-class _Call:
+class Call:
     """A field's factors as the kernels take them: [1, C, H, W], channels-last; VM: plane, line of each mode in turn;
     CP: three lines."""
 
@@ -430,7 +438,7 @@ class _Products(torch.autograd.Function):
         factors = [factor.contiguous(memory_format=torch.channels_last) for factor in factors]
         xyz = xyz.contiguous()
         ctx.save_for_backward(xyz, basis, *factors)
-        call = _Call(factors)
+        call = Call(factors)
         with torch.cuda.device_of(xyz):
             if basis is None:
                 return call.products(xyz, summed=True)
@@ -442,7 +450,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         xyz, basis, *factors = ctx.saved_tensors
         gradients = [torch.zeros_like(factor, memory_format=torch.channels_last) for factor in factors]
-        call, summed = _Call(factors), basis is None
+        call, summed = Call(factors), basis is None
         basis_grad, position_grads = None if summed else torch.zeros_like(basis), []
         grad = grad.contiguous()
         size = max(len(xyz), 1) if summed else max(_CHUNK_VALUES // call.width, 1)
@@ -457,7 +465,8 @@ class _Products(torch.autograd.Function):
         return torch.cat(position_grads) if position_grads else None, basis_grad, *gradients
 
 
-def _in_order(planes: list[Tensor], lines: list[Tensor]) -> list[Tensor]:
+def in_order(planes: list[Tensor], lines: list[Tensor]) -> list[Tensor]:
+    """Plane, line of each mode in turn, as Call takes them."""
     return [factor for pair in zip(planes, lines, strict=True) for factor in pair]
 
 
@@ -465,14 +474,14 @@ def vm_density(planes: list[Tensor], lines: list[Tensor], xyz: Tensor) -> Tensor
     """Density feature [K]; see torch_lookups.vm_density."""
     if not serves(xyz, *planes, *lines):
         return gather_lookups.vm_density(planes, lines, xyz)
-    return _Products.apply(xyz, None, *_in_order(planes, lines))
+    return _Products.apply(xyz, None, *in_order(planes, lines))
 
 
 def vm_appearance(planes: list[Tensor], lines: list[Tensor], basis: Tensor, xyz: Tensor) -> Tensor:
     """Appearance features [K, F]; see torch_lookups.vm_appearance."""
     if not serves(xyz, basis, *planes, *lines):
         return gather_lookups.vm_appearance(planes, lines, basis, xyz)
-    return _Products.apply(xyz, basis, *_in_order(planes, lines))
+    return _Products.apply(xyz, basis, *in_order(planes, lines))
 
 
 def cp_density(lines: list[Tensor], xyz: Tensor) -> Tensor:

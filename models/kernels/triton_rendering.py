@@ -156,7 +156,7 @@ def march_box(
         counts = torch.empty_like(n_candidates)
         _count[(len(rays),)](counts, *arguments, **options)
         torch.cumsum(counts, 0, out=offsets[1:])
-        total = int(offsets[-1])  # the one wait for the device
+        total = int(offsets[-1])  # waits for the device, as memory for the samples needs their number
         ray = offsets.new_empty(total)
         t, delta, position = aabb.new_empty(total), aabb.new_empty(total), aabb.new_empty(total, 3)
         box_scale = 2.0 / (aabb[1] - aabb[0])  # as components.marching.normalise
@@ -188,12 +188,18 @@ def _opacity(x):
 
 
 @triton.jit
-def _alpha(feature, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
-    """alpha [BLOCK] of samples i; 0 where not valid."""
-    f = tl.load(feature + i, mask=valid, other=0.0)
+def opacities(f, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
+    """alpha [BLOCK] of samples i with density features f [BLOCK]; 0 where not valid."""
     sigma = _softplus(f + shift) if SOFTPLUS else tl.where(f < 0, 0.0, f)  # which keeps NaN
     length = tl.load(delta + i, mask=valid, other=0.0) * scale
     return tl.where(valid, _opacity(sigma * length), 0.0)
+
+
+@triton.jit
+def _alpha(feature, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
+    """alpha [BLOCK] of samples i; 0 where not valid."""
+    f = tl.load(feature + i, mask=valid, other=0.0)
+    return opacities(f, delta, i, valid, shift, scale, SOFTPLUS)
 
 
 @triton.jit(do_not_specialize=["shift", "scale"])

@@ -1,0 +1,107 @@
+"""What a training step asks of the host: kernel launches, copies, waits for the device, milliseconds.
+
+    python -m benchmarks.launches
+
+Some steps of a real run of each strategy on the demo scene, 4096 rays, after WARM_UP steps in which colours appear.
+The last line is JSON. On a CPU there is nothing to count but the time.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from components.perceptual import load_perceptual_metrics
+from opt import parse_options
+from samplers import SAMPLERS
+from train import Trainer, choose_device, load_split
+from utils.memory import MemoryMeter
+
+ROOT = Path(__file__).resolve().parent.parent
+# As many steps as the standard sampler draws at once, so that drawing is spread as in a run.
+WARM_UP, STEPS = 300, 64
+
+
+def step_through(trainer: Trainer, steps: int) -> None:
+    for _ in range(steps):
+        trainer.step()
+        trainer.iteration += 1
+
+
+def waits(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Waits for the device a step, by the line that waits."""
+    trainer.timer.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step_through(trainer, steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    seen = [w for w in caught if "synchroniz" in str(w.message)]
+    lines = Counter(f"{os.path.relpath(w.filename, ROOT)}:{w.lineno}" for w in seen)
+    return {line: count / steps for line, count in lines.most_common()}
+
+
+def host_calls(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Calls of the CUDA runtime and driver a step, by name."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step_through(trainer, steps)
+        torch.cuda.synchronize()
+    calls = {e.key: e.count / steps for e in profiler.key_averages() if e.key.startswith(("cuda", "cuLaunch"))}
+    return dict(sorted(calls.items(), key=lambda item: -item[1]))
+
+
+def measure(argv: list[str], device: torch.device, warm_up: int, steps: int) -> dict:
+    """One strategy: ms a step, and on CUDA launches, other calls and waits a step."""
+    options = parse_options(argv)
+    scenes = {split: load_split(options, split) for split in ("train", "test")}
+    folder = Path(options.save_dir)
+    trainer = Trainer(options, folder, device, scenes, load_perceptual_metrics(None, device), MemoryMeter(device))
+    trainer.begin()
+    step_through(trainer, warm_up)
+    wait_for_device = torch.cuda.synchronize if device.type == "cuda" else int
+    wait_for_device()
+    clock = time.perf_counter()
+    step_through(trainer, steps)
+    wait_for_device()
+    report = {"ms_per_step": 1000.0 * (time.perf_counter() - clock) / steps}
+    if device.type == "cuda":
+        report["waits"] = waits(trainer, steps)
+        report["waits_per_step"] = sum(report["waits"].values())
+        report["host_calls"] = host_calls(trainer, steps)
+        report["launches_per_step"] = sum(n for name, n in report["host_calls"].items() if "LaunchKernel" in name)
+    totals = trainer.stages.total
+    report |= {"live_samples_per_step": totals("live_samples") / trainer.iteration}
+    report |= {"colour_samples_per_step": totals("colour_samples") / trainer.iteration}
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--strategies", default=",".join(SAMPLERS))
+    parser.add_argument("--warm_up", type=int, default=WARM_UP)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("rest", nargs="*", help="more options of a run, after --")
+    options = parser.parse_args()
+    device, report = choose_device(options.device), {}
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--config", "configs/syn.txt", "--nerf_dataset", "demo", "--demo_resolution", "100"]
+        argv += ["--data_folder", folder, "--save_dir", folder, "--device", options.device, *options.rest]
+        for strategy in options.strategies.split(","):
+            report[strategy] = measure([*argv, "--strategy", strategy], device, options.warm_up, options.steps)
+            print(strategy, {k: v for k, v in report[strategy].items() if k != "host_calls"}, file=sys.stderr)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
