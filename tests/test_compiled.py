@@ -339,13 +339,6 @@ def test_taking_over_gives_torch_one_thread_and_its_own_back_afterwards():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("number", [0, 1, 9, 10, 11, 1000])
-def test_parts_cover_everything_once(number, n_threads):
-    parts = threads.parts(number, 10)
-    assert [n for first, end in parts for n in range(first, end)] == list(range(number))
-    assert len(parts) <= n_threads
-
-
 def test_chunks_side_by_side_equal_the_whole(n_threads):
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -2,7 +2,8 @@
 
 OpenMP's threads wait for their next share by spinning. Beside any other process on the machine that makes a step five
 to fifty times slower (600 to 5400 ms instead of 113 on two cores), and even alone they fight with threads of our own.
-So while these threads work, torch has one: its operations run inside the shares.
+So while these threads work, torch has one: its operations run inside the shares. What is all C++ shares its work out
+there (shares.h), among `count()` threads; `together` is for shares that hold operations of torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,9 +64,3 @@ def together(calls: Sequence[Callable[[], None]]) -> None:
             wait(helpers)
         for helper in helpers:
             helper.result()
-
-
-def parts(number: int, alone: int) -> list[tuple[int, int]]:
-    """0..number - 1 as (first, end) of equal shares, one a thread; one share if there are no more than `alone`."""
-    size = max(-(-number // (1 if number <= alone else count())), 1)
-    return [(first, min(first + size, number)) for first in range(0, number, size)]
