@@ -5,6 +5,9 @@ Everything that is the user's to mend (a missing file, a wrong option, a damaged
 any other exception is a bug of ours and keeps its traceback.
 """
 
+# Exit code of what was told to stop and saved a checkpoint: started again, it goes on (EX_TEMPFAIL of sysexits.h).
+REQUEUE_EXIT_CODE = 75
+
 
 class UserError(Exception):
     """A fault in the input; the message is one line that names the thing and says what to do."""
@@ -28,3 +31,11 @@ class RunFolderError(UserError):
 
 class EmptyMaskError(UserError):
     """No grid point is dense enough for the alpha mask."""
+
+
+class RunsFailed(Exception):
+    """Some of several runs failed; the message lists them, a line each."""
+
+
+class SweepStopped(Exception):
+    """A signal ended the sweep, or some of its runs, before they were finished; the message counts them."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ RUN_FILES = (
     "mesh.ply",
     "overview.png",
     "views.npz",
+    "run.log",
+    "failed.json",
     "args.json",
 )
 RUN_FOLDERS = ("imgs_vis", "imgs_test_all", "imgs_train_all", "imgs_path_all")
@@ -53,11 +56,22 @@ def prepare_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _remove_run(folder)
+    state = check_run_folder(folder, options, exempt)
+    if state != "finished":
+        write_json_atomic(folder / "args.json", options)
+    return state
+
+
+def check_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str]) -> str:
+    """What an earlier run left in a folder: 'new', 'resume' or 'finished'; changes nothing.
+
+    Raises RunFolderError if the settings differ, or args.json is damaged or missing beside a run's files.
+    """
+    folder = Path(folder)
+    with naming_os_errors(folder):
         state = _state_of(folder)
     if state != "new":
         _refuse_other_settings(folder, read_json(folder / "args.json"), json_value(options), exempt)
-    if state != "finished":
-        write_json_atomic(folder / "args.json", options)
     return state
 
 
@@ -93,7 +107,16 @@ def _remove_run(folder: Path) -> None:
             shutil.rmtree(path)
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
-            path.unlink()
+            if not _is_own_output(path):
+                path.unlink()
+
+
+def _is_own_output(path: Path) -> bool:
+    """Whether this process' standard output goes to the file: then it is this run's, not an earlier one's."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # there may be no standard output at all
+        return False
 
 
 @contextmanager
@@ -115,7 +138,8 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     mode: "wb" or "w" (UTF-8). Raises RunFolderError if the disk is full, read-only or forbidden.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines may have the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with naming_os_errors(path):
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
