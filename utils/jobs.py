@@ -123,8 +123,9 @@ def plan_lines(plan: Sequence[Planned]) -> list[str]:
     width = max((len(planned.job.name) for planned in plan), default=0)
     lines = []
     for planned in plan:
-        overwritten = planned.starts and planned.job.options["overwrite"] and planned.state is not State.NEW
-        notes = [planned.reason, "starts afresh" if overwritten else "", "" if planned.starts else "is not started"]
+        afresh = planned.starts and planned.job.options["overwrite"] and planned.state is not State.NEW
+        left = not planned.starts and planned.state is not State.FINISHED
+        notes = [planned.reason, "starts afresh" if afresh else "", "is not started" if left else ""]
         told = f"{planned.job.name:{width}}  {planned.state}"
         lines.append(": ".join([told, "; ".join(filter(None, notes))]) if any(notes) else told)
     counts = Counter(planned.state for planned in plan)
