@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
-from utils.errors import REQUEUE_EXIT_CODE, OptionError, RunsFailed, SceneError, SweepStopped, UserError
+from utils.errors import OptionError, RunLockedError, RunsFailed, SceneError, UserError
+from utils.signals import PREEMPTED_EXIT_CODE, Preempted
 from utils.variants import Variant, parse_variants
 
 CONFIG = str(REPOSITORY / "configs/lego.txt")
@@ -289,13 +290,16 @@ def train_isolated(options: Namespace) -> None:
 def run_job() -> int:
     """In a process that a launcher started: train the job that it hands over; returns the exit code."""
     from utils.jobs import record_failure
-    from utils.processes import receive_job
+    from utils.processes import LOCKED_EXIT_CODE, receive_job
 
     job = receive_job()
 
     def experiment() -> None:
         try:
             train_one(Namespace(**job.options))
+        except RunLockedError as error:
+            report(error, job.options["debug"])
+            raise SystemExit(LOCKED_EXIT_CODE) from error
         except Exception as error:
             code = 2 if isinstance(error, UserError) else 1
             record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
@@ -312,8 +316,8 @@ def report(error: Exception, debug: bool) -> None:
 
 
 def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int:
-    """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 75 if it was told to stop and
-    goes on when it is started again, 130 when interrupted. debug: tracebacks, default as the command line says."""
+    """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 75 when asked to stop with all
+    work saved, 130 when interrupted. debug: tracebacks; default: as the command line says."""
     try:
         experiments()
     except UserError as error:
@@ -322,9 +326,9 @@ def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int
     except RunsFailed as error:
         print(error, file=sys.stderr)
         return 1
-    except SweepStopped as error:
-        print(error, file=sys.stderr)
-        return REQUEUE_EXIT_CODE
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """Sweeps as a user starts them, with real (tiny) runs in processes of their own."""
 
 import io
+import itertools
 import json
 import re
 import signal
@@ -16,6 +17,8 @@ import pytest
 import run
 from dataLoader.demo_write import write_demo_as
 from opt import REPOSITORY
+from utils.jobs import State, folder_state
+from utils.launchers import Event, LocalLauncher
 
 TINY = "--device cpu --batch_size 64 --featureC 8 --N_voxel_init 512 --N_voxel_final 512 --upsamp_list [] "
 TINY += "--update_AlphaMask_list [] --n_lamb_sigma [2,2,2] --n_lamb_sh [2,2,2] --N_vis 0 --render_test 0 --seed 1 "
@@ -111,17 +114,23 @@ def test_a_mended_scene_is_trained_with_retry_failed(desk, swept):
 
 
 # --- signals ---
-LONG = "--multi_data --n_iters 1000000 --jobs 2 --tag long"
+TWO = "--nerf_scene good --strategies full,egra"
+LONG = f"{TWO} --n_iters 1000000 --jobs 2 --up_folder_name long"
 
 
-def start_long_sweep(done: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
-    """A sweep in a process of its own, and those of its runs, as soon as both runs' logs or folders show `done`."""
+def start_long_sweep() -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A sweep in a process of its own, and those of its two runs, as soon as both have written a new checkpoint."""
+    before = checkpoints()
     command = [sys.executable, str(REPOSITORY / "run.py"), *TINY.split(), *LONG.split()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(list(Path("log").glob(done))) == 2, process)
+    wait_for(lambda: len({path.parent for path in checkpoints() - before}) == 2, process)
     children = psutil.Process(process.pid).children()
     assert len(children) == 2
     return process, children
+
+
+def checkpoints() -> set[Path]:
+    return set(Path("log").glob("long/syn/good/*/seed1/ckpt_*.th"))
 
 
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
@@ -132,7 +141,7 @@ def wait_for(condition, process: subprocess.Popen | None = None) -> None:
         time.sleep(0.1)
 
 
-def assert_all_can_go_on(before: dict[str, int] | None = None) -> None:
+def assert_both_can_go_on() -> None:
     code, out, _ = sweep(*LONG.split(), "--dry_run")
     assert code == 0
     assert out.splitlines()[-1] == "2 runs: 2 started; 2 to start"
@@ -140,20 +149,41 @@ def assert_all_can_go_on(before: dict[str, int] | None = None) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs the signals of POSIX")
-def test_a_signal_ends_a_sweep_with_75_and_a_kill_takes_its_runs_along(swept):
-    process, children = start_long_sweep("runs/syn/*/long/seed1/ckpt_*.th")
+def test_a_signal_ends_a_sweep_with_75_and_a_kill_takes_its_runs_along(desk):
+    process, children = start_long_sweep()
+    code, out, _ = sweep(*LONG.split(), "--dry_run")
+    assert (code, out.splitlines()[-1]) == (0, "2 runs: 2 running elsewhere; 0 to start")
+    assert f"process {children[0].pid} on " in out
     process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 75, err
-    assert "stopped with 2 of 2 runs to go; the same command again goes on" in err
+    assert "stopped by SIGUSR1: the runs save a checkpoint and end" in out
+    assert err.endswith("stopped with 2 of 2 runs to go; the same command again goes on\n")
     assert not any(child.is_running() for child in children)
-    assert_all_can_go_on()
+    assert_both_can_go_on()
 
     # The same command again goes on, until somebody kills it in a way that it cannot pass on.
-    for path in Path("log").glob("runs/syn/*/long/seed1/ckpt_*.th"):
-        path.rename(path.with_name("ckpt_1.th"))
-    process, children = start_long_sweep("runs/syn/*/long/seed1/ckpt_*0.th")
+    process, children = start_long_sweep()
     process.kill()
     process.communicate()
     wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
-    assert_all_can_go_on()
+    assert_both_can_go_on()
+
+
+def test_two_sweeps_at_once_train_every_run_once(desk):
+    arguments = [*TINY.split(), *TWO.split(), "--n_iters", "200", "--up_folder_name", "raced"]
+    jobs = [run.job_of(options) for options in run.planned_runs(arguments, 0)]
+    sweeps = [LocalLauncher(run.JOB_COMMAND, [{}]).run(jobs) for _ in range(2)]
+    # Both start the first run before either can have seen the other's.
+    events = [event for pair in itertools.zip_longest(*sweeps, fillvalue=Event()) for event in pair if event.job]
+    assert [event.job for event in events[:2]] == [jobs[0], jobs[0]]
+    states = [event.outcome.state for event in events if event.outcome]
+    assert len(states) == 4
+    assert {*states} <= {State.FINISHED, State.RUNNING}
+    for job in jobs:
+        assert folder_state(job.folder) == (State.FINISHED, "")
+        assert len(list(job.folder.glob("events.out.*"))) == 1
+        steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted({*steps})
+    assert "is in use by process" in (jobs[0].folder / "run.log").read_text()
+    assert not list(Path("log/raced").rglob("failed.json"))

@@ -5,9 +5,6 @@ Everything that is the user's to mend (a missing file, a wrong option, a damaged
 any other exception is a bug of ours and keeps its traceback.
 """
 
-# Exit code of what was told to stop and saved a checkpoint: started again, it goes on (EX_TEMPFAIL of sysexits.h).
-REQUEUE_EXIT_CODE = 75
-
 
 class UserError(Exception):
     """A fault in the input; the message is one line that names the thing and says what to do."""
@@ -25,8 +22,20 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, unsafe, or does not belong to this run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not whole: cut short, or other bits than were written."""
+
+
 class RunFolderError(UserError):
     """The output folder cannot be written, or belongs to a run with other settings."""
+
+
+class RunLockedError(RunFolderError):
+    """Another process works in the run's folder."""
+
+
+class MemoryShortage(UserError):
+    """The device has not the memory that the settings ask for."""
 
 
 class EmptyMaskError(UserError):
@@ -35,7 +44,3 @@ class EmptyMaskError(UserError):
 
 class RunsFailed(Exception):
     """Some of several runs failed; the message lists them, a line each."""
-
-
-class SweepStopped(Exception):
-    """A signal ended the sweep, or some of its runs, before they were finished; the message counts them."""

@@ -17,6 +17,7 @@ from typing import Any
 from utils.checkpoints import latest_checkpoint
 from utils.errors import RunFolderError
 from utils.run_folder import check_run_folder, read_json, write_json_atomic
+from utils.run_lock import holder
 
 FAILURE = "failed.json"
 
@@ -80,6 +81,9 @@ def folder_state(folder: Path) -> tuple[State, str]:
     folder = Path(folder)
     if (folder / "results.json").exists():
         return State.FINISHED, ""
+    owner = holder(folder)
+    if owner:
+        return State.RUNNING, owner
     failure = read_failure(folder)
     if failure:
         return State.FAILED, failure

@@ -13,11 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from utils.errors import REQUEUE_EXIT_CODE, RunFolderError
+from utils.errors import RunFolderError
 from utils.jobs import Job, Outcome, State, clear_failure, folder_state, may_start, read_failure, record_failure
 from utils.run_folder import naming_os_errors
+from utils.signals import PREEMPTED_EXIT_CODE, STOP_SIGNALS
 
 LOG = "run.log"
+# Exit code of a run whose folder another process has: no failure.
+LOCKED_EXIT_CODE = 73
 # What a run that lost its parent gets to save a checkpoint.
 GRACE_SECONDS = 60.0
 
@@ -76,8 +79,11 @@ class RunProcess:
         self.close()
         if code == 0:
             return Outcome(State.FINISHED)
-        if code in (REQUEUE_EXIT_CODE, 130) or -code in stop_signals():
-            return Outcome(State.STARTED, "stopped; goes on from its last checkpoint")
+        if code in (PREEMPTED_EXIT_CODE, LOCKED_EXIT_CODE) or -code in _stop_signals():
+            state, reason = folder_state(self.job.folder)
+            if state is not State.FAILED:  # whoever failed meanwhile, it was not this process
+                reason = reason or "stopped before it began"
+                return Outcome(State.STARTED if state is State.NEW else state, reason)
         return Outcome(State.FAILED, read_failure(self.job.folder) or self._unexplained(code))
 
     def close(self) -> None:
@@ -95,9 +101,8 @@ class RunProcess:
         return error
 
 
-def stop_signals() -> list[int]:
-    """The signals that ask a run, or a sweep, to save and end."""
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+def _stop_signals() -> list[int]:
+    return [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
 
 def receive_job() -> Job:

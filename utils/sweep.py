@@ -3,23 +3,23 @@
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from utils.console import say
-from utils.errors import RunsFailed, SweepStopped, UserError
+from utils.errors import RunsFailed, UserError
 from utils.jobs import Job, Outcome, Planned, State
 from utils.launchers import Launcher
 from utils.overview import Overview
-from utils.processes import stop_signals
+from utils.signals import Preempted, stop_if_asked, stop_requests
 
 
 def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[Job], None]) -> None:
     """Start what a plan wants to be started and wait for its end.
 
     after_run: called after every run that ended here, to bring tables up to date; its UserErrors stop nothing.
-    Raises SweepStopped if a signal (SIGINT, SIGTERM, SIGUSR1) came, which the runs were passed, or RunsFailed if runs
-    have failed, now or before.
+    Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
+    RunsFailed if runs have failed, now or before.
     """
     starting = [planned.job for planned in plan if planned.starts]
     outcomes = {p.job.name: Outcome(p.state, p.reason) for p in plan}
@@ -27,15 +27,14 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     for planned in plan:
         if not planned.starts and planned.state is not State.FINISHED:
             say(f"{planned.job.name} is not started: {planned.state}: {planned.reason}")
-    with _signals_caught() as caught:
+    with stop_requests():
         overview = Overview(len(starting))
         try:
             with closing(launcher.run(starting)) as events:
+                asked = False
                 for event in events:
-                    while caught:
-                        signum = caught.pop()
-                        say(f"{signal.Signals(signum).name}: asking the runs to save a checkpoint and end")
-                        launcher.stop(signum)
+                    if not asked:
+                        asked = _pass_on(launcher)
                     overview.show(event)
                     if event.job and event.outcome:
                         waiting.discard(event.job.name)
@@ -50,9 +49,20 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     told = [f"{len(failed)} of {len(plan)} runs failed:", *(f"{name}: {outcomes[name].reason}" for name in failed)]
     if stopped:
         lines = [f"stopped with {len(stopped)} of {len(plan)} runs to go; the same command again goes on"]
-        raise SweepStopped("\n".join((told if failed else []) + lines))
+        raise Preempted("\n".join((told if failed else []) + lines))
     if failed:
         raise RunsFailed("\n".join(told))
+
+
+def _pass_on(launcher: Launcher) -> bool:
+    """Ask the runs to stop if this process was asked to; whether it was."""
+    try:
+        stop_if_asked()
+    except Preempted as stop:
+        say(f"{str(stop).partition(';')[0]}: the runs save a checkpoint and end")
+        launcher.stop(signal.SIGTERM)
+        return True
+    return False
 
 
 def _tolerantly(after_run: Callable[[Job], None], job: Job) -> None:
@@ -60,15 +70,3 @@ def _tolerantly(after_run: Callable[[Job], None], job: Job) -> None:
         after_run(job)
     except UserError as error:
         sys.stderr.write(f"error: {job.name}: {error}\n")
-
-
-@contextmanager
-def _signals_caught() -> Iterator[list[int]]:
-    """Signals that ask for an end are collected in a list instead of ending the process."""
-    caught: list[int] = []
-    before = {number: signal.signal(number, lambda signum, _: caught.append(signum)) for number in stop_signals()}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
