@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.checkpoints import latest_checkpoint
 from utils.errors import RunFolderError
-from utils.run_folder import check_run_folder, read_json, write_json_atomic
+from utils.run_folder import check_run_folder, naming_os_errors, read_json, write_json_atomic
 from utils.run_lock import holder
 
 FAILURE = "failed.json"
@@ -152,8 +152,9 @@ def record_failure(folder: Path, error: str, kind: str, exit_code: int) -> None:
 
 
 def clear_failure(folder: Path) -> None:
-    """Remove what an earlier, failed start left."""
-    (Path(folder) / FAILURE).unlink(missing_ok=True)
+    """Remove what an earlier, failed start left. Raises RunFolderError if that is impossible."""
+    with naming_os_errors(folder):
+        (Path(folder) / FAILURE).unlink(missing_ok=True)
 
 
 def read_failure(folder: Path) -> str:

@@ -60,7 +60,8 @@ class Overview:
         self._n_failed += outcome.state is State.FAILED
         self._all.update()
         told = outcome.reason or (_result(job.folder) if outcome.state is State.FINISHED else "")
-        say(f"{self._n_ended} of {self._n_runs}: {job.name} {outcome.state}{': ' if told else ''}{told}")
+        how = "stopped" if outcome.state is State.STARTED else outcome.state
+        say(f"{self._n_ended} of {self._n_runs}: {job.name} {how}{': ' if told else ''}{told}")
 
     def _free_position(self) -> int:
         taken = {run.position for run in self._bars.values()}
