@@ -51,7 +51,7 @@ def test_finished_failed_and_foreign_runs_are_not_started(five):
         ("started", True),
         ("finished", False),
         ("failed", False),
-        ("other settings", False),
+        ("refused", False),
     ]
 
 
@@ -62,7 +62,7 @@ def test_the_plan_says_why(five):
     assert lines[2].endswith("/finished/seed1  finished")
     assert lines[3].endswith("failed: shapes: no images: add them; is not started")
     assert "batch_size: 77 -> 512" in lines[4]
-    assert lines[5] == "5 runs: 1 new, 1 started, 1 finished, 1 failed, 1 other settings; 2 to start"
+    assert lines[5] == "5 runs: 1 new, 1 started, 1 finished, 1 failed, 1 refused; 2 to start"
 
 
 def test_retry_failed_starts_failed_runs_only(five):
@@ -71,7 +71,7 @@ def test_retry_failed_starts_failed_runs_only(five):
         ("started", True),
         ("finished", False),
         ("failed", True),
-        ("other settings", False),
+        ("refused", False),
     ]
 
 

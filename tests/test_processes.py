@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import sys
 import time
@@ -37,8 +36,8 @@ def end_of(process: RunProcess) -> Outcome:
     ("code", "state", "says"),
     [
         ("", State.FINISHED, ""),
-        ("import sys; sys.exit(75)", State.STARTED, "goes on"),
-        ("import os; os.kill(os.getpid(), 15)", State.STARTED, "goes on"),
+        ("import sys; sys.exit(75)", State.STARTED, "stopped before it began"),
+        ("import os; os.kill(os.getpid(), 15)", State.STARTED, "stopped before it began"),
         ("import os; os.kill(os.getpid(), 9)", State.FAILED, "killed by signal 9 (the machine may be out of memory)"),
         ("import sys; sys.exit(3)", State.FAILED, "ended with exit code 3; see"),
     ],
@@ -133,12 +132,15 @@ def test_a_stopped_launcher_passes_the_signal_on_and_starts_no_more(tmp_path):
 
 def test_runs_are_told_to_end_when_nobody_listens_to_their_launcher_any_more(tmp_path):
     one = job(tmp_path)
-    events = LocalLauncher(python("import os; print(os.getpid(), flush=True); input(); input()"), [{}]).run([one])
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('asked'))); "
+    events = LocalLauncher(python(code + "print('ready', flush=True); signal.pause()"), [{}]).run([one])
     while not (one.folder / "run.log").exists() or not (one.folder / "run.log").read_text():
         next(events)
-    pid = int((one.folder / "run.log").read_text())
     events.close()
-    assert os.waitpid(pid, 0)[1] == signal.SIGTERM
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while "asked" not in (one.folder / "run.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_failure_on_a_full_disk_is_still_told(tmp_path, monkeypatch):

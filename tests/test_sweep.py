@@ -80,10 +80,10 @@ def test_a_dry_run_says_all_and_changes_nothing(swept):
     assert (code, err) == (0, "")
     assert contents(Path()) == before
     lines = out.splitlines()
-    assert re.match(r"syn/good/full/seed1 +other settings: .*n_iters: 5 -> 6", lines[0])
+    assert re.match(r"syn/good/full/seed1 +refused: .*n_iters: 5 -> 6", lines[0])
     assert re.match(r"syn/good/egra/seed1 +new$", lines[1])
     assert re.match(r"syn/poor/full/seed1 +failed: .*r_1.png.*; is not started$", lines[2])
-    assert lines[4] == "4 runs: 2 new, 1 failed, 1 other settings; 2 to start"
+    assert lines[4] == "4 runs: 2 new, 1 failed, 1 refused; 2 to start"
 
 
 def test_nothing_is_trained_again_until_it_is_asked_for(swept):

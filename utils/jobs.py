@@ -30,7 +30,7 @@ class State(StrEnum):
     RUNNING = "running elsewhere"
     FINISHED = "finished"
     FAILED = "failed"
-    REFUSED = "other settings"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,26 @@ class Planned:
 
 # --- the state of a run ---
 def folder_state(folder: Path) -> tuple[State, str]:
-    """What a run's folder shows, whatever its settings, and a line about it."""
+    """What a run's folder shows, whatever its settings, and a line about it.
+
+    Raises RunFolderError if that cannot be seen.
+    """
     folder = Path(folder)
-    if (folder / "results.json").exists():
-        return State.FINISHED, ""
-    owner = holder(folder)
-    if owner:
-        return State.RUNNING, owner
-    failure = read_failure(folder)
-    if failure:
-        return State.FAILED, failure
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint:
-        return State.STARTED, f"goes on from {checkpoint.name}"
-    if (folder / "args.json").exists():
-        return State.STARTED, "before its first checkpoint"
-    return State.NEW, ""
+    with naming_os_errors(folder):
+        if (folder / "results.json").exists():
+            return State.FINISHED, ""
+        owner = holder(folder)
+        if owner:
+            return State.RUNNING, owner
+        failure = read_failure(folder)
+        if failure:
+            return State.FAILED, failure
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint:
+            return State.STARTED, f"goes on from {checkpoint.name}"
+        if (folder / "args.json").exists():
+            return State.STARTED, "before its first checkpoint"
+        return State.NEW, ""
 
 
 def may_start(job: Job, state: State) -> bool:
@@ -113,8 +117,8 @@ def plan_runs(jobs: Sequence[Job], exempt: frozenset[str]) -> list[Planned]:
 
 
 def _planned(job: Job, exempt: set[str]) -> Planned:
-    state, reason = folder_state(job.folder)
     try:
+        state, reason = folder_state(job.folder)
         if not (job.options["overwrite"] or job.options["render_only"]):
             check_run_folder(job.folder, job.options, exempt)
     except RunFolderError as error:

@@ -30,10 +30,10 @@ def start_run(command: Sequence[str], job: Job, environment: Mapping[str, str]) 
 
     command: the program that calls `receive_job`. environment: variables that the process gets besides ours.
     """
-    state, reason = folder_state(job.folder)
-    if not may_start(job, state):
-        return Outcome(state, reason)
     try:
+        state, reason = folder_state(job.folder)
+        if not may_start(job, state):
+            return Outcome(state, reason)
         return RunProcess(command, job, environment)
     except RunFolderError as error:
         return Outcome(State.FAILED, str(error))

@@ -142,7 +142,7 @@ def holder(folder: Path) -> str:
     path = Path(folder) / LOCK_NAME
     try:
         owner, age = _read(path), time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     return "" if _is_gone(owner, _myself(), age) else f"process {owner.pid} on {owner.host} since {owner.since}"
 
