@@ -29,7 +29,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;  // of a block in registers: ROWS x 2 vectors
 #else
-constexpr int LANES = 8, ROWS = 4;
+constexpr int LANES = 8, ROWS = 6;  // with fewer, every sum waits for its last addition
 #endif
 constexpr int64_t UNIT = 32, TILE = 64;  // samples at once
 constexpr int64_t SHARE = 1 << 10;       // samples whose gradients of the weights are one sum
@@ -43,24 +43,32 @@ inline V at(const float* from) { return load<V>(from); }
 inline V where(Bits mask, V value) { return (V)((Bits)value & mask); }
 
 // done(i, j, sum) with sum = row i, columns j..j+LANES-1 of A B, where A(i, k) = a[i * row + k * column] over `depth`;
-// n a multiple of UNIT, m of ROWS.
+// n a multiple of UNIT. `N` rows from i on and 2*LANES columns from j on are one block.
+template <int N, class Done>
+inline void block(const float* a, int64_t row, int64_t column, const float* b, int64_t b_row, int64_t i, int64_t j,
+                  int64_t depth, const Done& done) {
+    V sum[N][2] = {};
+    const float *left = a + i * row, *right = b + j;
+    for (int64_t k = 0; k < depth; ++k, left += column, right += b_row) {
+        const V first = at(right), second = at(right + LANES);
+        for (int r = 0; r < N; ++r) {
+            sum[r][0] += left[r * row] * first;
+            sum[r][1] += left[r * row] * second;
+        }
+    }
+    for (int r = 0; r < N; ++r)
+        for (int h = 0; h < 2; ++h) done(i + r, j + h * LANES, sum[r][h]);
+}
+
 template <class Done>
 inline void product(const float* a, int64_t row, int64_t column, const float* b, int64_t b_row, int64_t m, int64_t n,
                     int64_t depth, const Done& done) {
-    for (int64_t j = 0; j < n; j += 2 * LANES)
-        for (int64_t i = 0; i < m; i += ROWS) {
-            V sum[ROWS][2] = {};
-            const float *left = a + i * row, *right = b + j;
-            for (int64_t k = 0; k < depth; ++k, left += column, right += b_row) {
-                const V first = at(right), second = at(right + LANES);
-                for (int r = 0; r < ROWS; ++r) {
-                    sum[r][0] += left[r * row] * first;
-                    sum[r][1] += left[r * row] * second;
-                }
-            }
-            for (int r = 0; r < ROWS; ++r)
-                for (int h = 0; h < 2; ++h) done(i + r, j + h * LANES, sum[r][h]);
-        }
+    for (int64_t j = 0; j < n; j += 2 * LANES) {
+        int64_t i = 0;
+        for (; i + ROWS <= m; i += ROWS) block<ROWS>(a, row, column, b, b_row, i, j, depth, done);
+        for (; i + 4 <= m; i += 4) block<4>(a, row, column, b, b_row, i, j, depth, done);
+        for (; i < m; ++i) block<1>(a, row, column, b, b_row, i, j, depth, done);
+    }
 }
 
 // Writes, or adds, a product to `to`, rows of `width`. Sums over all samples are sums of tiles' sums: one long float32
