@@ -195,7 +195,7 @@ OPTIONS = {
         Option("compare", FLAG, False, "the strategies (default: all four), with tables and figures side by side"),
         Option("dry_run", FLAG, False, "only say what would run, and what state each run is in"),
         Option("retry_failed", FLAG, False, "start runs again that failed before"),
-        Option("shard", SHARD, None, "only every n-th run from the i-th on, i = 0 .. n - 1"),
+        Option("shard", SHARD, None, "only part i of n of the runs, i = 0 .. n - 1"),
         Option("gpus", GPUS, None, "one run at a time on each of these CUDA devices: all, or numbers with commas"),
         Option("jobs", whole(1), 1, "runs at a time where gpus is not given"),
     ),

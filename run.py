@@ -73,8 +73,8 @@ def run_all_scenes(use_cuda: int = 0) -> None:
 
 
 def run_everything(use_cuda: int = 0) -> None:
-    """Every scene found of the four published data sets, all four strategies, three seeds each: a week of a GPU."""
-    run_experiment("full", use_cuda, "--datasets", "syn,nsvf,tt,llff", "--strategies", STRATEGIES, "--seeds", "3")
+    """Every scene found of the published data sets, all four strategies, three seeds each: a week."""
+    run_experiment("full", use_cuda, "--config", "configs/cluster/week.txt")
 
 
 def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:

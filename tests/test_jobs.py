@@ -111,6 +111,14 @@ def test_shards_are_disjoint_and_complete(tmp_path, n_jobs):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+def test_every_shard_gets_all_strategies(tmp_path, n):
+    jobs = [job(tmp_path, tag, "--seed", str(seed)) for seed in range(12) for tag in ("full", "egra", "soft", "other")]
+    for i in range(n):
+        tags = [j.options["tag"] for j in shard_of(jobs, f"{i}/{n}")]
+        assert {tags.count(tag) for tag in ("full", "egra", "soft", "other")} <= {12 // n, 12 // n + 1}
+
+
 def test_a_job_survives_the_way_to_another_process(tmp_path):
     one = job(tmp_path, "full", "--n_lamb_sigma", "[1,2,3]", "--scene_bbox", "[-1,-1,-1,1,1,1.5]", retry=True)
     assert Job.from_json(one.to_json().encode()) == one

@@ -166,11 +166,10 @@ def test_several_data_sets_bring_their_own_settings(monkeypatch, trained, scenes
 
 
 def test_a_runs_options_say_nothing_about_the_sweep_it_belongs_to(monkeypatch, trained, scenes):
-    assert start(monkeypatch, "--multi_data", "--strategies", "egra,full", "--shard", "1/3", "--jobs", "2") == 0
+    assert start(monkeypatch, "--multi_data", "--strategies", "egra,full", "--jobs", "2") == 0
     alone = run.planned_runs(["--config", "configs/lego.txt", "--strategy", "egra"], 0)[0]
     (lego,) = [o for o in trained.runs if (o.nerf_scene, o.strategy) == ("lego", "egra")]
     assert vars(lego) | {"config": None} == vars(alone) | {"config": None}
-    assert [(o.nerf_scene, o.strategy) for o in trained.runs] == [("chair", "full"), ("lego", "egra")]
 
 
 def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monkeypatch, trained, scenes, capsys):

@@ -45,7 +45,8 @@ def test_a_job_of_the_array_runs_its_part_of_the_sweep(submit, tmp_path):
     more = ["--datasets", "syn,nsvf", "--seed", "1", "--seeds", "3", "--data_folder", str(data)]
     done = submit(sys.executable, *more, "--save_dir", str(tmp_path), "--dry_run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["syn/tiny/full/seed3"]
+    runs = [line.split()[0] for line in done.stdout.splitlines()[:-1]]
+    assert runs == ["syn/tiny/full/seed3"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])

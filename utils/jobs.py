@@ -142,9 +142,13 @@ def plan_lines(plan: Sequence[Planned]) -> list[str]:
 
 
 def shard_of(jobs: Sequence[Job], shard: str) -> list[Job]:
-    """Part i of n of the jobs, every n-th from the i-th on. shard: "i/n", i from 0 to n - 1."""
-    number, count = map(int, shard.split("/"))
-    return list(jobs[number::count])
+    """Part i of n of the jobs. shard: "i/n", i from 0 to n - 1.
+
+    Strategy after strategy is dealt round, so that no part gets more of the slow ones than another.
+    """
+    part, n = map(int, shard.split("/"))
+    order = sorted(range(len(jobs)), key=lambda number: jobs[number].options["tag"])
+    return [jobs[number] for number in sorted(order[part::n])]
 
 
 # --- failures ---

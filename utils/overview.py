@@ -43,14 +43,18 @@ class Overview:
             self._end(job, outcome)
         if self._live and time.monotonic() > self._shown + REFRESH_SECONDS:
             self._shown = time.monotonic()
-            self._all.set_postfix(running=len(self._bars), failed=self._n_failed)
+            self._count()
             for bar in self._bars.values():
                 bar.refresh()
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Leave the sweep's bar, take the others away."""
+        self._count()
         for bar in (*(run.bar for run in self._bars.values()), self._all):
             bar.close()
+
+    def _count(self) -> None:
+        self._all.set_postfix(running=len(self._bars), failed=self._n_failed)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         run = self._bars.pop(job.name, None)
@@ -75,7 +79,7 @@ class _RunBar:
         self._log = job.folder / "metrics.jsonl"
         self._before = _stamp(self._log)  # what an earlier start wrote is old
         self.position, total = position, job.options["n_iters"]
-        self.bar = tqdm(total=total, desc=job.name, position=position, leave=False, disable=not live)
+        self.bar = tqdm(total=total, desc=job.name, unit="step", position=position, leave=False, disable=not live)
 
     def refresh(self) -> None:
         last = last_scalars(self._log) if _stamp(self._log) != self._before else None

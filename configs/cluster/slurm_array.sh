@@ -1,7 +1,7 @@
 #!/bin/bash
 # A sweep as an array of Slurm jobs, which share nothing but this folder; each takes its part of the runs.
 #
-#   sbatch --array=0-7 configs/cluster/slurm_array.sh --datasets syn,nsvf --strategies full,expansive --seeds 3
+#   sbatch --array=0-7 configs/cluster/slurm_array.sh --config configs/cluster/week.txt
 #
 # Submit it in the repository's folder; what follows the script's name goes to run.py (with several GPUs a job, give
 # --gpus all there). Two minutes before a job's time is up, Slurm sends USR1: its runs save a checkpoint, run.py ends
