@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -15,16 +16,18 @@ from utils.errors import RunFolderError
 
 # All that a run writes. `--overwrite` removes these and nothing else.
 RUN_FILES = (
-    ".*.tmp",
-    "results.json",
     "ckpt_*.th",
+    "ckpt_*.th.damaged",
     "metrics.jsonl",
     "events.out.*",
     "mesh.ply",
     "overview.png",
     "views.npz",
+    "run.log",
+    "failed.json",
     "args.json",
 )
+LEFTOVERS = ".*.tmp"  # what a killed run was writing
 RUN_FOLDERS = ("imgs_vis", "imgs_test_all", "imgs_train_all", "imgs_path_all")
 
 
@@ -53,11 +56,25 @@ def prepare_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _remove_run(folder)
+    state = check_run_folder(folder, options, exempt)
+    if state != "finished":
+        with naming_os_errors(folder):
+            for path in folder.glob(LEFTOVERS):
+                path.unlink()
+        write_json_atomic(folder / "args.json", options)
+    return state
+
+
+def check_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str]) -> str:
+    """What an earlier run left in a folder: 'new', 'resume' or 'finished'; changes nothing.
+
+    Raises RunFolderError if the settings differ, or args.json is damaged or missing beside a run's files.
+    """
+    folder = Path(folder)
+    with naming_os_errors(folder):
         state = _state_of(folder)
     if state != "new":
         _refuse_other_settings(folder, read_json(folder / "args.json"), json_value(options), exempt)
-    if state != "finished":
-        write_json_atomic(folder / "args.json", options)
     return state
 
 
@@ -84,16 +101,27 @@ def _refuse_other_settings(folder: Path, old: Any, new: Mapping[str, Any], exemp
 
 
 def _remove_run(folder: Path) -> None:
-    # args.json goes last: an interrupted removal then still says whose files these are.
+    # results.json goes first, so that nobody takes for finished what is half removed, and args.json last: an
+    # interrupted removal then still says whose files these are.
+    (folder / "results.json").unlink(missing_ok=True)
     for name in RUN_FOLDERS:
         path = folder / name
         if path.is_symlink():
             path.unlink()
         elif path.exists():
             shutil.rmtree(path)
-    for pattern in RUN_FILES:
+    for pattern in (LEFTOVERS, *RUN_FILES):
         for path in folder.glob(pattern):
-            path.unlink()
+            if not _is_own_output(path):
+                path.unlink()
+
+
+def _is_own_output(path: Path) -> bool:
+    """Whether this process' standard output goes to the file: then it is this run's, not an earlier one's."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # there may be no standard output at all
+        return False
 
 
 @contextmanager
@@ -115,7 +143,8 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     mode: "wb" or "w" (UTF-8). Raises RunFolderError if the disk is full, read-only or forbidden.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: processes of two machines may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with naming_os_errors(path):
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
