@@ -169,7 +169,7 @@ def test_runs_that_do_not_belong_together_are_pointed_out(grid):
 
 
 def test_how_runs_were_started_is_not_a_setting_of_theirs():
-    assert {option.name for option in OPTIONS["run"]} <= NOT_COMPARED
+    assert {option.name for group in ("run", "several runs") for option in OPTIONS[group]} <= NOT_COMPARED
 
 
 def test_runs_of_the_cp_decomposition_are_compared_with_their_own_full(root):

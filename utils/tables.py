@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import RunFolderError
+from utils.jobs import read_failure
 from utils.run_folder import atomic_file, read_json
 from utils.run_grid import Grid, run_folders, seed_of
 from utils.table_formats import csv_text, markdown_text, tex_text
@@ -53,14 +54,8 @@ def read_grids(root: Path) -> list[Grid]:
 def _why_unfinished(folder: Path) -> str:
     if (folder / "results.json").exists():
         return "its results.json is damaged"
-    if not (folder / "failed.json").exists():
-        return "started, not finished"
-    try:
-        failure = read_json(folder / "failed.json")
-    except RunFolderError:
-        return "failed, and its failed.json is damaged"
-    error = failure.get("error") if isinstance(failure, dict) else None
-    return f"failed: {one_line(error)}" if error else "failed"
+    failure = read_failure(folder)
+    return f"failed: {one_line(failure)}" if failure else "started, not finished"
 
 
 def write_tables(root: Path) -> None:
