@@ -14,12 +14,12 @@ STORE_BYTES = 80 * 2**20
 # Ray reads them when it is imported, here and in whoever joins. Without the second one it replaces 127.0.0.1 by the
 # machine's outward address.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+os.environ.update(ENVIRONMENT)
 
 
 @contextmanager
 def ray_cluster(n_nodes: int) -> Iterator["Cluster"]:
     """A head without CPUs, and nodes of one CPU each."""
-    os.environ.update(ENVIRONMENT)
     cluster = Cluster(n_nodes)
     try:
         yield cluster
