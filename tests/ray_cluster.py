@@ -19,7 +19,7 @@ os.environ.update(ENVIRONMENT)
 
 @contextmanager
 def ray_cluster(n_nodes: int) -> Iterator["Cluster"]:
-    """A head without CPUs, and nodes of one CPU each."""
+    """A head and n_nodes more nodes, of one CPU each."""
     cluster = Cluster(n_nodes)
     try:
         yield cluster
@@ -35,7 +35,10 @@ class Cluster:
 
         common = {"node_ip_address": LOOPBACK, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         assert ray._private.services.resolve_ip_for_localhost(LOOPBACK) == LOOPBACK, "Ray was imported before"
-        self.cluster = ray.cluster_utils.Cluster(True, head_node_args={**common, "num_cpus": 0})
+        # A killed node is noticed after some seconds, not after half a minute.
+        noticing = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+        head = {**common, "num_cpus": 1, "_system_config": noticing}
+        self.cluster = ray.cluster_utils.Cluster(True, head_node_args=head)
         self.address = self.cluster.address
         self.nodes = [self.cluster.add_node(wait=False, num_cpus=1, **common) for _ in range(n_nodes)]
         self.cluster.wait_for_nodes()

@@ -25,12 +25,13 @@ from utils.jobs import Job, Outcome, State, record_failure
 from utils.launchers import Event
 from utils.processes import LOG, start_run
 from utils.run_folder import naming_os_errors
+from utils.run_lock import STALE_SECONDS
 
 RAY_VERSION = "2.60.0"
 # How often a run is handed in again; some runs take their machine down with them every time.
 MOST_LOSSES = 10
 # What a lost run's lock may need to be recognised as left behind, if its machine can no longer be asked.
-WAIT_FOR_LOCK_SECONDS = 360.0
+WAIT_FOR_LOCK_SECONDS = STALE_SECONDS + 60.0
 PAUSE_SECONDS, PROBE_SECONDS = 0.5, 10.0
 # Outcomes are a few bytes; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -100,24 +101,30 @@ class RayLauncher:
         task, errors = self._tasks.pop(reference), self._ray.exceptions
         try:
             state, reason = self._ray.get(reference)
-            yield Event(task.job, Outcome(State(state), reason))
-        except errors.TaskCancelledError:
-            if task.started:  # lost before, and waiting for another machine
-                yield Event(task.job, Outcome(State.STARTED, STOPPED))
+            outcome = Outcome(State(state), reason)
+            if outcome.state is State.STARTED and not self._stopping:  # not by us; its machine is wanted back
+                outcome = self._lost(task, mark, "was told to stop")
+        except errors.TaskCancelledError:  # while it waited; perhaps for another machine
+            outcome = Outcome(State.STARTED, STOPPED) if task.started else None
         except errors.RayTaskError as error:
-            yield Event(task.job, Outcome(State.FAILED, f"its Ray task failed: {error.cause!r}"))
+            outcome = Outcome(State.FAILED, f"its Ray task failed: {error.cause!r}")
         except errors.RayError as error:
-            task.losses += 1
-            how = f"Ray lost its machine or worker ({type(error).__name__})"
-            if self._stopping:
-                yield Event(task.job, Outcome(State.STARTED, how))
-            elif task.losses > MOST_LOSSES:
-                reason = f"{how}, {task.losses} times"
-                record_failure(task.job.folder, reason, type(error).__name__, 1)
-                yield Event(task.job, Outcome(State.FAILED, reason))
-            else:
-                say(f"{task.job.name}: {how}; it is handed in again")
-                self._submit(task, mark)
+            outcome = self._lost(task, mark, f"lost its machine or worker ({type(error).__name__})")
+        if outcome:
+            yield Event(task.job, outcome)
+
+    def _lost(self, task: _Task, mark: str, how: str) -> Outcome | None:
+        """Hand a run in again that another machine can finish; an outcome if there is no point in it."""
+        task.losses += 1
+        if self._stopping:
+            return Outcome(State.STARTED, how)
+        if task.losses > MOST_LOSSES:
+            reason = f"{how}, the last of {task.losses} times"
+            record_failure(task.job.folder, reason, "lost", 1)
+            return Outcome(State.FAILED, reason)
+        say(f"{task.job.name} {how}; it is handed in again")
+        self._submit(task, mark)
+        return None
 
     def _starts(self) -> Iterator[Event]:
         """An event for every run whose log shows that it has begun."""
@@ -153,29 +160,19 @@ def carry_out_job(
     job = Job.from_json(job_text)
     if again and job.options["overwrite"]:  # that was done the first time
         job = replace(job, options={**job.options, "overwrite": False})
-    process = None
+    process, give_up = None, time.monotonic() + (WAIT_FOR_LOCK_SECONDS if again else 0.0)
     while True:
         try:
-            process = process or _start(command, job, environment, WAIT_FOR_LOCK_SECONDS if again else 0.0)
+            process = process or start_run(command, job, environment)
             outcome = process if isinstance(process, Outcome) else process.poll()
-            if outcome:
+            if outcome and (outcome.state is not State.RUNNING or time.monotonic() > give_up):
                 return outcome.state, outcome.reason
+            process = None if outcome else process  # somebody else has the folder: ask again
             time.sleep(PAUSE_SECONDS)
         except KeyboardInterrupt:  # the task was cancelled
-            if process is None:
+            if process is None or isinstance(process, Outcome):
                 return State.STARTED, STOPPED
             process.stop(signal.SIGTERM)
-
-
-def _start(command: Sequence[str], job: Job, environment: dict[str, str], patience: float):
-    """`start_run`; while somebody else has the run's folder, again for `patience` seconds."""
-    give_up = time.monotonic() + patience
-    while True:
-        started = start_run(command, job, environment)
-        held = isinstance(started, Outcome) and started.state is State.RUNNING
-        if not held or time.monotonic() > give_up:
-            return started
-        time.sleep(PAUSE_SECONDS)
 
 
 # --- where the sweep was started ---
