@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +21,15 @@ os.environ.update(ENVIRONMENT)
 @contextmanager
 def ray_cluster(n_nodes: int) -> Iterator["Cluster"]:
     """A head and n_nodes more nodes, of one CPU each."""
+    # Ray takes signals of the process that starts a node; the tests after this one have a use for them.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     cluster = Cluster(n_nodes)
     try:
         yield cluster
     finally:
         cluster.cluster.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Cluster:
