@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test gpu-check clean
+.PHONY: demo test test-ray gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python run.py --demo --compare
@@ -12,6 +12,10 @@ test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Minutes: a sweep of 16 runs on a local Ray cluster that loses a node, beside the same sweep in one process.
+test-ray: $(VENV)/ready
+	RAY_SWEEP=1 $(BIN)/python -m pytest tests/test_ray.py
 
 # On a CUDA machine, in under 10 minutes: the tests marked cuda, kernels and a step timed beside their twins, and as much
 # of a full lego training as fits. Writes benchmarks/results/gpu_check.json. GPU_PYTHON=... uses a Python that has torch
