@@ -35,7 +35,7 @@ from utils.curves import read_curves
 from utils.device import choose_device, device_name
 from utils.errors import CheckpointError, SceneError, UserError
 from utils.logs import RunLog
-from utils.memory import MemoryMeter, keep_freed_memory, tensors_mb
+from utils.memory import MemoryMeter, keep_freed_memory, objects_set_aside, tensors_mb
 from utils.run_folder import git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
 from utils.run_lock import RunLock, run_lock
 from utils.seeds import make_generator
@@ -121,7 +121,7 @@ def train_in(
             say(f"resuming {folder} at iteration {trainer.iteration}")
         trainer.open_log()
         try:
-            with torch.autograd.set_detect_anomaly(options.debug):
+            with torch.autograd.set_detect_anomaly(options.debug), objects_set_aside():
                 trainer.train(started, stop_after)
             return trainer.finish()
         finally:
