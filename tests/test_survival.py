@@ -232,7 +232,24 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits_and_one_clean_log(
                 break
         assert_as_if_undisturbed(folder, reference)
     print(f"{strategy}: {kills}, {spoiled} half-written checkpoints, {rounds} runs finished")
-    assert spoiled > 0
+    assert spoiled > 0 or wanted < 30
+
+
+def test_a_run_killed_before_it_removed_an_old_checkpoint_removes_it_later(data, uninterrupted, tmp_path, monkeypatch):
+    prune = train.prune_checkpoints
+
+    def killed(folder):
+        if latest_checkpoint(folder).name == f"ckpt_{STEPS}.th":
+            raise KeyboardInterrupt
+        prune(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prune_checkpoints", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(parse_options(arguments(data, tmp_path)))
+    assert len(list(folder_of(tmp_path).glob("ckpt_*"))) == 3
+    train.run(parse_options(arguments(data, tmp_path)))
+    assert_as_if_undisturbed(folder_of(tmp_path), uninterrupted())
 
 
 # --- being asked to stop ---
