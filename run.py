@@ -22,6 +22,7 @@ from pathlib import Path
 
 from opt import REPOSITORY, parse_options
 from utils.errors import OptionError, SceneError, UserError
+from utils.signals import PREEMPTED_EXIT_CODE, Preempted
 from utils.variants import Variant, parse_variants
 
 CONFIG = str(REPOSITORY / "configs/lego.txt")
@@ -246,7 +247,8 @@ def report(error: Exception, prefix: str, debug: bool) -> None:
 
 
 def exit_code(experiments: Callable[[], None]) -> int:
-    """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 130 when interrupted."""
+    """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 75 when asked to stop with all
+    work saved, 130 when interrupted."""
     try:
         experiments()
     except UserError as error:
@@ -255,6 +257,9 @@ def exit_code(experiments: Callable[[], None]) -> int:
     except RunsFailed as error:
         print(error, file=sys.stderr)
         return 1
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
         return 130

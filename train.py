@@ -4,60 +4,70 @@ import math
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from components.cameras import cast_rays
-from components.evaluation import Evaluation, evaluate, evenly_spaced, render_poses
+from components.draw_counts import DrawCounts
+from components.evaluation import Evaluation, evaluate, evenly_spaced
 from components.grids import learning_rate_factor, resolution_for, training_samples, voxel_schedule
 from components.metrics import mse_to_psnr
 from components.perceptual import PerceptualMetrics, load_perceptual_metrics
-from components.pixel_sets import PixelSet, pixel_batch
+from components.pixel_sets import PixelSet
 from components.regularisers import L1Density, build_regularisers
-from components.types import PixelBatch, Rays, RenderOutput, Scene
+from components.types import Scene
 from dataLoader import load_scene
-from models import FieldConfig, build_field, field_state, restore_field
-from models.field import Field
-from models.files import CHECKPOINT_FORMAT, load_field, write_mesh, write_tensorf
+from models import FieldConfig, build_field, field_state
+from models.files import CHECKPOINT_FORMAT, load_field
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
 from models.kernels import threads
 from models.optimizers import crop_adam, make_adam
+from models.outputs import evaluation_renderer, export, pictures, save_overview, save_views, score
+from models.rehearsal import step_seconds
 from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
-from utils.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
+from utils.checkpoints import latest_checkpoint, load_latest, prune_checkpoints, save_checkpoint
 from utils.console import say
 from utils.curves import read_curves
-from utils.device import device_name
-from utils.errors import CheckpointError, OptionError, SceneError, UserError
-from utils.images import error_map, heat_map, save_png, side_by_side, to_uint8
+from utils.device import choose_device, device_name
+from utils.errors import CheckpointError, SceneError, UserError
 from utils.logs import RunLog
 from utils.memory import MemoryMeter, keep_freed_memory, tensors_mb
-from utils.run_folder import atomic_file, git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
+from utils.run_folder import git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
+from utils.run_lock import RunLock, run_lock
 from utils.seeds import make_generator
+from utils.shortage import is_shortage, naming_shortage
+from utils.signals import Preempted, stop_if_asked, stop_requests
 from utils.stages import StageTotals, stage_of
 from utils.timing import PhaseTimer, eta_text
 
-# Steps timed on a throw-away field for the estimate, and the length of runs that are too short to need one.
-REHEARSED_STEPS, SHORTEST_ESTIMATED_RUN = 3, 100
+# Runs of fewer steps need no estimate of their time.
+SHORTEST_ESTIMATED_RUN = 100
 # The dearest step computes a colour for every live sample. Parts of its time that a step takes on average until the
 # alpha mask exists, and from then on (lego200 on a CPU; the later grids' growth included).
 FIRST_STEP_SHARE, LATER_STEP_SHARE = 0.4, 0.25
 # results.json's psnr_5view: as many evenly spaced test views as the reference reports.
 REFERENCE_VIEWS = 5
+# Options that say how much memory training takes.
+LOWER_MEMORY = ("batch_size", "N_voxel_final")
 
 
 def run(options: Namespace, stop_after: float = math.inf) -> dict:
     """Train, or only render, one scene with one strategy and seed; returns the contents of results.json.
 
     stop_after: seconds of training after which the run ends as if n_iters had been reached (for benchmarks).
-    Raises UserError (one line for the user) if anything in the input is wrong.
+    Raises UserError (one line for the user) if anything in the input is wrong, Preempted when a signal asked to stop:
+    the run is saved then.
     """
-    started = time.perf_counter()
+    with stop_requests():
+        return run_or_answer(options, stop_after, time.perf_counter())
+
+
+def run_or_answer(options: Namespace, stop_after: float, started: float) -> dict:
+    """The same, where signals only ask to stop; started: perf_counter when the run began."""
     check_strategy(options.strategy)
     device = choose_device(options.device)
     folder = run_folder(
@@ -65,12 +75,19 @@ def run(options: Namespace, stop_after: float = math.inf) -> dict:
     )
     if options.render_only:
         return render_only(options, folder, device)
-    settings = resolved_dict(options)
     if (folder / "results.json").exists() and not options.overwrite:
         # Before anything is loaded: a finished run answers at once, or refuses other settings.
-        prepare_run_folder(folder, settings, set(RUN_IDENTITY_EXEMPT), overwrite=False)
+        prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), overwrite=False)
         say(f"{folder}: this run is finished; --overwrite starts it afresh, --render_only 1 renders from it")
         return read_json(folder / "results.json")
+    with run_lock(folder) as lock:
+        return train_in(folder, lock, options, device, stop_after, started)
+
+
+def train_in(
+    folder: Path, lock: RunLock, options: Namespace, device: torch.device, stop_after: float, started: float
+) -> dict:
+    """Train, or go on training, in a folder that is locked; see `run`."""
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
@@ -78,40 +95,26 @@ def run(options: Namespace, stop_after: float = math.inf) -> dict:
         keep_freed_memory()
     memory = MemoryMeter(device)
     memory.start()
-    scenes = {split: load_split(options, split) for split in ("train", "test")}
-    trainer = Trainer(options, folder, device, scenes, perceptual, memory)
-    afresh = options.overwrite or latest_checkpoint(folder) is None
-    if afresh:
-        trainer.begin()
-    # After all that can be wrong with the input: a fault leaves nothing behind, and removes no run to be overwritten.
-    prepare_run_folder(folder, settings, set(RUN_IDENTITY_EXEMPT), options.overwrite)
-    if not afresh:
-        trainer.restore(latest_checkpoint(folder))
-    trainer.open_log()
-    with torch.autograd.set_detect_anomaly(options.debug):
-        trainer.train(started, stop_after)
-    return trainer.finish()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of `--device`; auto takes CUDA when there is one. Raises OptionError if it is not there."""
-    if name == "auto":
-        if not torch.cuda.is_available():
-            say("no CUDA device found: using the CPU")
-            return torch.device("cpu")
-        name = f"cuda:{torch.cuda.current_device()}"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto"
-        )
-    if device.type == "cuda":
-        # Tensors name their device with its index; so do we, to compare. Timing events go to the current device.
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = False  # convolutions are those of SSIM, LPIPS and edges
-    return device
+    with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
+        scenes = {split: load_split(options, split) for split in ("train", "test")}
+        stop_if_asked()
+        trainer = Trainer(options, folder, device, scenes, perceptual, memory, lock)
+        afresh = options.overwrite or latest_checkpoint(folder) is None
+        if afresh:
+            trainer.begin()
+        stop_if_asked()
+        # After all that can be wrong with the input: a fault leaves nothing behind, and removes no run.
+        prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), options.overwrite)
+        if not afresh:
+            load_latest(folder, trainer.restore)
+            say(f"resuming {folder} at iteration {trainer.iteration}")
+        trainer.open_log()
+        try:
+            with torch.autograd.set_detect_anomaly(options.debug):
+                trainer.train(started, stop_after)
+            return trainer.finish()
+        finally:
+            trainer.log.close()
 
 
 def load_split(options: Namespace, split: str) -> Scene:
@@ -170,46 +173,6 @@ def render_only(options: Namespace, folder: Path, device: torch.device) -> dict:
     return evaluation.results() if evaluation else {}
 
 
-def score(
-    options: Namespace, field: Field, scenes: dict[str, Scene], perceptual: PerceptualMetrics, folder: Path
-) -> Evaluation | None:
-    """Render the views that --render_test/train ask for into `folder`; returns the test views' evaluation."""
-    evaluation = None
-    for split in ("train", "test"):
-        if getattr(options, f"render_{split}"):
-            scene, out = scenes[split], folder / f"imgs_{split}_all"
-            views = range(0, scene.n_images, options.test_every if split == "test" else 1)
-            render = evaluation_renderer(field, scene)
-            scored = evaluate(scene, render, views, perceptual, out, options.eval_chunk, save_video=True)
-            means = ", ".join(f"{k} {v:.4f}" for k, v in scored.means.items() if v is not None)
-            say(f"{len(views)} {split} views: {means}; pictures in {out}")
-            evaluation = scored if split == "test" else evaluation
-    return evaluation
-
-
-def export(options: Namespace, field: Field, test: Scene, folder: Path) -> None:
-    """What --render_path and --export_* ask for."""
-    if options.render_path:
-        out, render = folder / "imgs_path_all", evaluation_renderer(field, test)
-        render_poses(test, render, test.render_path, test.intrinsics[0], out, options.eval_chunk)
-        say(f"camera path in {out}")
-    if options.export_tensorf:
-        write_tensorf(field, Path(options.export_tensorf))
-        say(f"TensoRF checkpoint in {options.export_tensorf}")
-    if options.export_mesh:
-        write_mesh(field, folder / "mesh.ply")
-        say(f"mesh in {folder / 'mesh.ply'}")
-
-
-def evaluation_renderer(field: Field, scene: Scene):
-    """Rays -> RenderOutput without jitter, on the scene's background."""
-
-    def render(rays: Rays) -> RenderOutput:
-        return field.render(rays, float(scene.white_background))
-
-    return render
-
-
 class Trainer:
     """The state of a run and the steps that advance it; everything in it is saved and restored."""
 
@@ -221,9 +184,10 @@ class Trainer:
         scenes: dict[str, Scene],
         perceptual: PerceptualMetrics,
         memory: MemoryMeter,
+        lock: RunLock | None = None,
     ) -> None:
         self.options, self.folder, self.device = options, folder, device
-        self.perceptual, self.memory = perceptual, memory
+        self.perceptual, self.memory, self.lock = perceptual, memory, lock
         # The test images stay where they are: training must not pay for them.
         self.scenes = {"train": scenes["train"].to(device), "test": scenes["test"].cameras_to(device)}
         self.scene = self.scenes["train"]
@@ -239,11 +203,15 @@ class Trainer:
         self.train_seconds = self.setup_seconds = self.sampler_seconds = 0.0
         self.stages = StageTotals()
         self.stage = ""
+        # Of the steps since the last report: errors and losses, unread, and time before a resumption.
+        self.losses: list[Tensor] = []
+        self.unreported_seconds = 0.0
+        # Whether the last report still lacks its evaluation; where the log was when the checkpoint was saved.
+        self.owes_pictures = False
+        self.log_position: dict[str, int] | None = None
         self.mask_grid: tuple[int, int, int] | None = None
         self.kept: Tensor | None = None
-        # How often each pixel of the middle training view was drawn; the last entry takes all other pixels.
-        self.watched_view = self.scene.n_images // 2
-        self.draws = torch.zeros(self.scene.height * self.scene.width + 1, device=device)
+        self.draws = DrawCounts(self.scene)
 
         o = options
         self.regularisers = build_regularisers(
@@ -300,7 +268,14 @@ class Trainer:
             "memory": self.memory.state_dict(),
             "seconds": [self.train_seconds, self.setup_seconds],
             "stages": self.stages.state_dict(),
-            "draws": self.draws.cpu(),
+            "draws": self.draws.tensor.cpu(),
+            "unreported": {
+                "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0, 2),
+                "seconds": time.perf_counter() - self.reported_at if self.losses else 0.0,
+                "sampler_seconds": self.sampler_seconds,
+                "owes_pictures": self.owes_pictures,
+            },
+            "log": self.log.position(),
         }
 
     def restore(self, path: Path) -> None:
@@ -324,31 +299,35 @@ class Trainer:
             for name, generator in self.generators.items():
                 generator.set_state(state["generators"][name])
             self.timer.load_state_dict(state["timer"])
-            self.sampler_seconds = self.timer.seconds["sampler"]
             self.memory.load_state_dict(state["memory"])
             self.train_seconds, self.setup_seconds = state["seconds"]
             self.stages.load_state_dict(state["stages"])
-            self.draws.copy_(state["draws"])
+            self.draws.tensor.copy_(state["draws"])
+            unreported, self.log_position = state["unreported"], state["log"]
+            self.losses = list(unreported["losses"].to(self.device))
+            self.unreported_seconds = unreported["seconds"]
+            self.sampler_seconds, self.owes_pictures = unreported["sampler_seconds"], unreported["owes_pictures"]
             self.iteration = state["iteration"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
+            if is_shortage(error):
+                raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise CheckpointError(
                 f"{path} does not fit this run ({reason}); remove it, or --overwrite the run"
             ) from error
-        say(f"resuming {self.folder} at iteration {self.iteration}")
 
     def open_log(self) -> None:
-        """Start the log, or continue it behind the restored iteration."""
-        # Step 1 and later, if there is no checkpoint yet: what a killed start logged is dropped.
-        self.log = RunLog(self.folder, resume_step=self.iteration + 1)
+        """Start the log, or continue it where it was when the checkpoint was saved."""
+        self.log = RunLog(self.folder, self.log_position, next_step=self.iteration + 1)
 
     def save(self) -> None:
-        """Write a checkpoint; the last two are kept. Raises UserError if the field has become NaN or infinite."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.field.parameters()):
-            raise UserError(
-                f"the field became NaN or infinite before iteration {self.iteration} (nothing was saved since): lower "
-                "--lr_init or --lr_basis and start again with --overwrite"
-            )
+        """Write a checkpoint; the last two are kept. Raises UserError if anything has become NaN or infinite, or the
+        folder was lost to another process."""
+        moments = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+        if not all(bool(tensor.isfinite().all()) for tensor in (*self.field.parameters(), *moments)):
+            raise self.not_finite(f"the field became NaN or infinite before iteration {self.iteration}")
+        if self.lock is not None:
+            self.lock.check()
         save_checkpoint(self.state_dict(), self.folder / f"ckpt_{self.iteration}.th")
         prune_checkpoints(self.folder, keep=2)
 
@@ -362,38 +341,31 @@ class Trainer:
         o = self.options
         if o.n_iters - self.iteration >= SHORTEST_ESTIMATED_RUN:
             say(self.estimate())
-        self.setup_seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self.setup_seconds += now - started
+        self.reported_at = now - self.unreported_seconds
         self.open_memory()
-        losses: list[Tensor] = []
-        clock = time.perf_counter()
         # In a log file a bar is a line each time; a person wants it smooth.
         pause = 0.2 if sys.stderr.isatty() else 30.0
-        with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05, mininterval=pause) as bar:
-            while self.iteration < self.last_iteration:
-                with threads.taking_over():
-                    losses.append(self.step())
-                self.grow()
-                self.iteration += 1
-                bar.update()
-                if not self.due(o.progress_refresh_rate, o.vis_every, o.save_every):
-                    continue
-                mse = self.read_losses(losses)
-                seconds = time.perf_counter() - clock
-                self.train_seconds += seconds
-                if self.train_seconds > stop_after:
-                    self.last_iteration = self.iteration
-                step_ms = 1000.0 * seconds / len(losses)
-                self.stages.add(self.stage, seconds=seconds)
-                self.log_steps(mse, step_ms, len(losses))
-                bar.set_postfix(psnr=f"{mse_to_psnr(mse):.2f}", ms=f"{step_ms:.0f}", refresh=False)
-                losses.clear()
-                if self.due(o.vis_every) and self.iteration < self.last_iteration:
-                    self.visualise()
-                if self.due(o.save_every):
-                    self.close_memory()
-                    self.save()
-                    self.open_memory()
-                clock = time.perf_counter()
+        try:
+            if self.owes_pictures:
+                self.visualise()
+            with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05, mininterval=pause) as bar:
+                while self.iteration < self.last_iteration:
+                    with threads.taking_over():
+                        self.losses.append(self.step())
+                    self.grow()
+                    self.iteration += 1
+                    bar.update()
+                    if self.due(o.progress_refresh_rate, o.vis_every, o.save_every):
+                        psnr, step_ms = self.report(stop_after)
+                        bar.set_postfix(psnr=f"{psnr:.2f}", ms=f"{step_ms:.0f}", refresh=False)
+                    stop_if_asked()
+        except Preempted:
+            self.close_memory()
+            self.save()
+            say(f"checkpoint of iteration {self.iteration} saved")
+            raise
 
     def due(self, *periods: int) -> bool:
         """Whether something with one of these periods happens now; everything does after the last step."""
@@ -406,12 +378,12 @@ class Trainer:
         return float(self.scene.white_background)
 
     def step(self) -> Tensor:
-        """One optimiser step; returns the plain mean squared error of the batch, which nobody has waited for."""
+        """One optimiser step; [2], the plain mean squared error of the batch and its loss, not waited for."""
         o, phase = self.options, self.timer.phase
         self.stage = stage_of(self.iteration, o.update_AlphaMask_list, o.upsamp_list, o.n_iters)
         with phase("sampler"):
             pixels = self.sampler.sample(self.iteration)
-            self.watch(pixels)
+            self.draws.add(pixels)
         with phase("forward"):
             rays = cast_rays(self.scene, pixels)
             n_samples = training_samples(self.field.grid_size, o.step_ratio, o.nSamples)
@@ -434,14 +406,7 @@ class Trainer:
         with phase("sampler"):
             self.sampler.update(pixels, ray_loss.detach(), self.iteration)
         self.stages.add(self.stage, steps=1, rays=len(rays), live_samples=out.n_live, colour_samples=out.n_colour)
-        return error.detach().square().mean()
-
-    def watch(self, pixels: PixelBatch) -> None:
-        """Count the draws of the watched view, for the sampler's heat map."""
-        width, elsewhere = self.scene.width, self.draws.shape[0] - 1
-        column, row = pixels.xy.detach().long().unbind(-1)
-        index = torch.where(pixels.image_id == self.watched_view, row * width + column, elsewhere)
-        self.draws.index_add_(0, index.clamp_(0, elsewhere), torch.ones_like(index, dtype=self.draws.dtype))
+        return torch.stack((error.detach().square().mean(), loss.detach()))
 
     def grow(self) -> None:
         """Alpha mask, shrinking, ray filtering, upsampling: what is due after this iteration's optimiser step."""
@@ -490,29 +455,10 @@ class Trainer:
 
     def estimate(self) -> str:
         """How long the rest of the run may take: a few steps on a throw-away copy, which leave no trace."""
-        field = restore_field(field_state(self.field), self.device)
+        o = self.options
         resumed = self.field.alpha_mask is not None
-        if not resumed:  # a fresh field is too thin for colours, which soon take most of the time
-            field.config = replace(field.config, weight_threshold=-1.0)
-        generator = make_generator(self.options.seed, "estimate", self.device)
-        optimizer = make_adam(field.param_groups(0.0, 0.0))
-        n_samples = training_samples(field.grid_size, self.options.step_ratio, self.options.nSamples)
-        for number in range(REHEARSED_STEPS + 1):
-            if number == 1:  # the first step pays for what is set up only once
-                clock = time.perf_counter()
-            index = torch.randint(
-                self.scene.n_pixels, (self.options.batch_size,), generator=generator, device=self.device
-            )
-            pixels = pixel_batch(index, self.scene.height, self.scene.width)
-            rays = cast_rays(self.scene, pixels)
-            jitter = field.draw_jitter(len(rays), n_samples, generator)
-            out = field.render(rays, float(self.scene.white_background), jitter, n_samples)
-            loss = (out.rgb - self.scene.colors(pixels)).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            loss.item()
-        step = (time.perf_counter() - clock) / REHEARSED_STEPS
+        generator = make_generator(o.seed, "estimate", self.device)
+        step = step_seconds(self.field, self.scene, o.batch_size, o.step_ratio, o.nSamples, generator)
         n_first = max(min([self.options.n_iters, *self.options.update_AlphaMask_list[:1]]) - self.iteration, 0)
         n_later = self.options.n_iters - self.iteration - n_first
         first, later = (1.0, 1.0) if resumed else (FIRST_STEP_SHARE, LATER_STEP_SHARE)
@@ -524,21 +470,51 @@ class Trainer:
 
     # --- reporting ---
 
-    def read_losses(self, losses: list[Tensor]) -> float:
-        """Mean of the steps' errors, the one number read back. Raises UserError if it is not finite."""
-        mse = torch.stack(losses).mean().item()
-        if not math.isfinite(mse):
-            raise UserError(
-                f"the loss became {mse} between iterations {self.iteration - len(losses)} and {self.iteration} "
-                "(nothing was saved since): lower --lr_init or --lr_basis and start again with --overwrite"
-            )
+    def report(self, stop_after: float) -> tuple[float, float]:
+        """Log, save and show what is due after the steps since the last report: their PSNR, milliseconds a step."""
+        mse, n_steps = self.read_losses(), len(self.losses)
+        seconds = time.perf_counter() - self.reported_at
+        step_ms = 1000.0 * seconds / n_steps
+        self.train_seconds += seconds
+        if self.train_seconds > stop_after:
+            self.last_iteration = self.iteration
+        self.stages.add(self.stage, seconds=seconds)
+        self.log_steps(mse, step_ms, n_steps)
+        self.losses.clear()
+        self.owes_pictures = self.due(self.options.vis_every) and self.iteration < self.last_iteration
+        # Before the evaluation: should that be cut short, it alone is to be made again.
+        if self.due(self.options.save_every):
+            self.close_memory()
+            self.save()
+            self.open_memory()
+        if self.owes_pictures:
+            self.visualise()
+        self.reported_at = time.perf_counter()
+        return mse_to_psnr(mse), step_ms
+
+    def read_losses(self) -> float:
+        """Mean of the unreported steps' errors, all read back at once. Raises UserError for the first one that is not
+        finite, or whose loss is not."""
+        read = torch.stack(self.losses).cpu()
+        finite = read.isfinite().all(-1)
+        if not finite.all():
+            first = int(finite.int().argmin())
+            value = next(x for x in read[first].tolist() if not math.isfinite(x))
+            iteration = self.iteration - len(read) + first + 1
+            raise self.not_finite(f"the loss became {value} at iteration {iteration}")
         if not self.stages.total("live_samples"):
             raise SceneError(
                 f"{self.scene.name}: no ray of the first {self.iteration} iterations met the box between near "
                 f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then start "
                 "again with --overwrite"
             )
-        return mse
+        return read[:, 0].mean().item()
+
+    def not_finite(self, what: str) -> UserError:
+        """The error for numbers that are no longer numbers; the checkpoints from before are never touched."""
+        latest = latest_checkpoint(self.folder)
+        kept = f"{latest.name} is from before it" if latest else "nothing was saved before"
+        return UserError(f"{what} ({kept}): lower --lr_init or --lr_basis and start again with --overwrite")
 
     def log_steps(self, mse: float, step_ms: float, n_steps: int) -> None:
         """Scalars of the n_steps steps since the last call, to metrics.jsonl and TensorBoard."""
@@ -556,7 +532,7 @@ class Trainer:
         state = [v for values in self.optimizer.state.values() for v in values.values()]
         images = [scene.images for scene in self.scenes.values() if scene.device == self.device]
         tables = [v for v in vars(self.sampler).values() if isinstance(v, Tensor)]
-        tensors = [*images, *self.field.parameters(), *self.field.buffers(), *tables, self.draws]
+        tensors = [*images, *self.field.parameters(), *self.field.buffers(), *tables, self.draws.tensor]
         return tensors_mb([*tensors, *state] + ([] if self.kept is None else [self.kept]))
 
     def visualise(self) -> None:
@@ -564,6 +540,7 @@ class Trainer:
         test = self.scenes["test"]
         views = evenly_spaced(test.n_images, self.options.N_vis)
         if not views:
+            self.owes_pictures = False
             return
         self.close_memory()
         evaluation = evaluate(
@@ -577,24 +554,17 @@ class Trainer:
         )
         self.log.scalars(self.iteration, {f"test/{k}": v for k, v in evaluation.means.items() if v is not None})
         self.show(evaluation)
+        self.owes_pictures = False
         self.open_memory()
 
     def show(self, evaluation: Evaluation) -> None:
-        """A rendering beside its ground truth, depth, error, and where the sampler spent its rays, to TensorBoard."""
-        pair = side_by_side([evaluation.rgb, evaluation.ground_truth])
-        draws = heat_map(self.draws[:-1].view(self.scene.height, self.scene.width).cpu().numpy())
-        photo = to_uint8(self.scene.image_rgb(self.watched_view).cpu().numpy())
-        for tag, picture in (
-            ("test/rendering_and_truth", pair),
-            ("test/depth", evaluation.depth),
-            ("test/error", error_map(evaluation.rgb, evaluation.ground_truth)),
-            ("sampler/draws", side_by_side([photo, draws])),
-        ):
+        """Pictures of an evaluation and of the draws, to TensorBoard; the first of them to overview.png too."""
+        for tag, picture in pictures(evaluation, self.draws).items():
             self.log.image(self.iteration, tag, picture)
-        save_png(self.folder / "overview.png", side_by_side([pair, evaluation.depth]))
+        save_overview(self.folder / "overview.png", evaluation)
 
     def finish(self) -> dict:
-        """The final evaluation and outputs; writes results.json, after which the run counts as finished."""
+        """The final evaluation and outputs; writes results.json last, after which the run counts as finished."""
         self.close_memory()
         test = self.scenes["test"]
         evaluation = score(self.options, self.field, self.scenes, self.perceptual, self.folder)
@@ -611,15 +581,20 @@ class Trainer:
             scalars = {"test/psnr_all": means["psnr"], **{f"test/{k}": v for k, v in means.items()}}
             self.log.scalars(self.iteration, {k: v for k, v in scalars.items() if v is not None})
         self.show(scored)
-        self.save_views(scored)
-        self.log.close()
+        save_views(self.folder / "views.npz", scored, self.draws)
+        # An export that fails must not take the run along; one that is cut short is made again with the evaluation.
+        failure = None
+        try:
+            export(self.options, self.field, test, self.folder)
+        except Exception as error:
+            failure = error
         write_json_atomic(self.folder / "results.json", results)
         say(
             f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB, training took "
             f"{eta_text(self.train_seconds)}, peak memory {results['peak_memory_mb']:.0f} MB; see overview.png there"
         )
-        # Last, because the run is safe by now if an export fails.
-        export(self.options, self.field, test, self.folder)
+        if failure is not None:
+            raise failure
         return results
 
     def curves(self, psnr: dict[int, float]) -> dict:
@@ -631,21 +606,6 @@ class Trainer:
             test["train_seconds"].append(self.train_seconds)
             test["psnr"].append(sum(psnr[view] for view in views) / len(views))
         return {"curves": curves, "test_curve": test}
-
-    def save_views(self, evaluation: Evaluation) -> None:
-        """The shown test view and the draws on the watched training view as numbers, for figures of several runs."""
-        draws = self.draws[:-1].view(self.scene.height, self.scene.width)
-        with atomic_file(self.folder / "views.npz", "wb") as file:
-            np.savez_compressed(
-                file,
-                rgb=evaluation.rgb,
-                truth=evaluation.ground_truth,
-                depth=evaluation.depth_values.astype(np.float32),
-                opacity=evaluation.opacity_values.astype(np.float32),
-                depth_limits=np.array(evaluation.depth_limits),
-                photo=to_uint8(self.scene.image_rgb(self.watched_view).cpu().numpy()),
-                draws=draws.cpu().numpy(),
-            )
 
     def facts(self) -> dict:
         """The part of results.json that is known without rendering."""

@@ -18,6 +18,8 @@ from components.metrics import psnr, ssim
 from components.perceptual import PerceptualMetrics
 from components.types import Rays, RenderOutput, Scene
 from utils.images import depth_range, depth_to_color, open_video, save_png, side_by_side, to_uint8
+from utils.shortage import is_shortage
+from utils.signals import stop_if_asked
 
 RenderRays = Callable[[Rays], RenderOutput]
 VIDEO_FPS = 30
@@ -94,16 +96,17 @@ def rays_at_once(device: torch.device) -> int:
 @torch.no_grad()
 def render_view(scene: Scene, render_rays: RenderRays, c2w: Tensor, intrinsics: Tensor, chunk: int = 0) -> View:
     """All pixels of one camera, c2w [3, 4] and intrinsics [4], `chunk` rays at a time (0: see rays_at_once); half as
-    many from there on where the device's memory does not suffice."""
+    many from there on where memory does not suffice. Raises Preempted between two parts if asked to stop."""
     rays = image_rays(scene, c2w, intrinsics)
     chunk, parts, start = chunk or rays_at_once(rays.origins.device), [], 0
     while start < len(rays):
+        stop_if_asked()
         try:
             parts.append(render_rays(rays[start : start + chunk]))
             start += chunk
             continue
-        except torch.OutOfMemoryError:
-            if chunk == 1:
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if chunk == 1 or not is_shortage(error):
                 raise
         # Outside of the handler, whose exception still holds what the attempt had allocated.
         chunk //= 2

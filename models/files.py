@@ -12,6 +12,7 @@ from models.tensorf_files import from_tensorf, is_tensorf, to_tensorf
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import CheckpointError
 from utils.mesh import export_mesh
+from utils.shortage import is_shortage
 
 CHECKPOINT_FORMAT = 1
 # Alpha over one step at which a mesh's surface lies, as TensoRF's export.
@@ -48,6 +49,8 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
         try:
             field = restore_field(state["field"], device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
+            if is_shortage(error):
+                raise
             raise CheckpointError(
                 f"{path} is damaged: its field cannot be rebuilt ({type(error).__name__}); use an older checkpoint"
             ) from error

@@ -35,8 +35,16 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, unsafe, or does not belong to this run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not whole: cut short, or other bits than were written."""
+
+
 class RunFolderError(UserError):
     """The output folder cannot be written, or belongs to a run with other settings."""
+
+
+class MemoryShortage(UserError):
+    """The device has not the memory that the settings ask for."""
 
 
 class EmptyMaskError(UserError):

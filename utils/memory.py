@@ -58,8 +58,10 @@ class MemoryMeter:
     def close_segment(self, static_mb: float) -> float:
         """End a stretch of training steps in which static_mb (pixels, parameters, optimiser) stayed allocated.
 
-        Returns what these steps took beyond that, MB (2**20 bytes).
+        Returns what these steps took beyond that, MB (2**20 bytes); 0 if no stretch is open.
         """
+        if not self._counting:
+            return 0.0
         step_bytes = max(self._counter.peak() - static_mb * MB - self._rest_bytes, 0)
         self._step_bytes = max(self._step_bytes, step_bytes)
         self._take_peak()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,8 @@ from utils.files import parse_json, read_bounded, reason
 
 # All that a run writes. `--overwrite` removes these and nothing else.
 RUN_FILES = (
-    ".*.tmp",
-    "results.json",
     "ckpt_*.th",
+    "ckpt_*.th.damaged",
     "metrics.jsonl",
     "events.out.*",
     "mesh.ply",
@@ -26,6 +26,7 @@ RUN_FILES = (
     "views.npz",
     "args.json",
 )
+LEFTOVERS = ".*.tmp"  # what a killed run was writing
 RUN_FOLDERS = ("imgs_vis", "imgs_test_all", "imgs_train_all", "imgs_path_all")
 
 
@@ -58,6 +59,9 @@ def prepare_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str
     if state != "new":
         _refuse_other_settings(folder, read_json(folder / "args.json"), json_value(options), exempt)
     if state != "finished":
+        with naming_os_errors(folder):
+            for path in folder.glob(LEFTOVERS):
+                path.unlink()
         write_json_atomic(folder / "args.json", options)
     return state
 
@@ -90,14 +94,16 @@ def _told(options: Mapping[str, Any], name: str) -> str:
 
 
 def _remove_run(folder: Path) -> None:
-    # args.json goes last: an interrupted removal then still says whose files these are.
+    # results.json goes first, so that nobody takes for finished what is half removed, and args.json last: an
+    # interrupted removal then still says whose files these are.
+    (folder / "results.json").unlink(missing_ok=True)
     for name in RUN_FOLDERS:
         path = folder / name
         if path.is_symlink():
             path.unlink()
         elif path.exists():
             shutil.rmtree(path)
-    for pattern in RUN_FILES:
+    for pattern in (LEFTOVERS, *RUN_FILES):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -121,7 +127,8 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     mode: "wb" or "w" (UTF-8). Raises RunFolderError if the disk is full, read-only or forbidden.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: processes of two machines may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with naming_os_errors(path):
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
