@@ -9,19 +9,29 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import psutil
 import torch
 
+from utils.checkpoint_parts import fault_of_parts
 from utils.console import say
 from utils.errors import CheckpointError, DamagedCheckpointError
+from utils.files import is_regular
 from utils.run_folder import atomic_file, naming_os_errors
 from utils.shortage import is_shortage
 
 Loaded = TypeVar("Loaded")
 CHECKPOINT_NAME = re.compile(r"ckpt_(\d+)\.th")
 
+
+def _reconstruct(kind: type, shape: tuple, typecode: bytes) -> np.ndarray:
+    """An array that its state will fill, as numpy pickles it; numpy's own function reserves whatever it is told."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("no array as numpy writes it")
+    return np.empty(0, np.uint8)
+
+
 # TensoRF's files hold their packed alpha mask as a numpy array of uint8; this is what rebuilds one, and nothing
 # more. Files written with numpy 1 and 2 name the function differently.
-_reconstruct = np.empty(0).__reduce__()[0]
 _SAFE_GLOBALS = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),
     (_reconstruct, "numpy._core.multiarray._reconstruct"),
@@ -54,7 +64,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     is damaged.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_regular(path):
         raise CheckpointError(f"{path}: no such checkpoint; check --ckpt")
     _check_sums(path)
     try:
@@ -64,7 +74,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except Exception as error:  # garbage makes the reader fail in any way at all
-        if is_shortage(error):
+        # A small file that asks for more memory than there is does not mean it.
+        if is_shortage(error) and 2 * path.stat().st_size > psutil.virtual_memory().available:
             raise
         if isinstance(error, pickle.UnpicklingError) and _REFUSAL.search(str(error)):
             message = f"{path} holds objects that could run code; refused: use a checkpoint of tensors and plain values"
@@ -72,6 +83,9 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         raise _damaged(path) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no dictionary, so it is no checkpoint of a field: choose another file")
+    fault = fault_of_parts(state)
+    if fault:
+        raise CheckpointError(f"{path} holds {fault}, which no checkpoint has: use another one")
     return state
 
 
