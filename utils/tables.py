@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from utils.errors import RunFolderError
+from utils.results import fault_of_results
 from utils.run_folder import atomic_file, read_json
 
 # column: digits after the point
@@ -28,8 +29,9 @@ def collect_results(root: Path) -> list[dict]:
         except RunFolderError as error:
             warnings.warn(f"left out of the table: {error}", stacklevel=2)
             continue
-        if not isinstance(result, dict):
-            warnings.warn(f"left out of the table: {path} is damaged (not a table of results)", stacklevel=2)
+        fault = fault_of_results(result)
+        if fault:
+            warnings.warn(f"left out of the table: {path} is damaged ({fault})", stacklevel=2)
             continue
         tag_folder = path.parent.parent
         place = {"dataset": tag_folder.parent.parent.name, "scene": tag_folder.parent.name}
