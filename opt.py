@@ -184,6 +184,7 @@ OPTIONS = {
         Option("save_dir", PATH, "./log", "where runs are kept: save_dir/up_folder_name/dataset/scene/tag/seedN"),
         Option("up_folder_name", NAME, "runs", "folder below save_dir"),
         Option("tag", NAME, "", "name of the run's folder; default: the strategy, with _cp for TensorCP"),
+        Option("check_only", FLAG, False, "only look at scenes, options and the machine, and say all that is wrong"),
         Option("overwrite", FLAG, False, "start afresh where a run exists, instead of resuming it"),
         Option("debug", FLAG, False, "full tracebacks for every error, and torch's anomaly detection"),
         Option("device", DEVICE, "auto", "cpu, cuda, cuda:N; auto: CUDA where there is one"),

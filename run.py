@@ -80,6 +80,8 @@ def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:
     go on, and RunsFailed ends it.
     """
     plan = planned_runs(compose(strategy, [*extra, *sys.argv[1:]]), use_cuda)
+    if plan and plan[0].check_only:
+        return check_scenes(plan)
     failures = []
     for options in plan:
         name = f"{options.nerf_scene}, {options.tag}, seed {options.seed}"
@@ -186,6 +188,27 @@ def chosen_scenes(options: Namespace) -> list[str]:
     if options.multi_data and options.nerf_dataset != "demo":
         return scene_names(options.nerf_dataset, options.data_folder)
     return [options.nerf_scene]
+
+
+def check_scenes(plan: Sequence[Namespace]) -> None:
+    """With --check_only: say of every scene of the plan what there is and all that is wrong. Raises SceneError, after
+    all of them, if any has problems."""
+    import train
+
+    # A scene's seeds and strategies share its data; what a strategy's own settings ask for is looked at for each.
+    first_seed = [options for options in plan if options.seed == plan[0].seed]
+    lines = {(o.nerf_dataset, o.nerf_scene): {} for o in first_seed}
+    faulty = set()
+    for options in first_seed:
+        scene = options.nerf_dataset, options.nerf_scene
+        told, problems = train.check_lines(options)
+        lines[scene] |= dict.fromkeys(told)
+        if problems:
+            faulty.add(scene)
+    for (dataset, name), told in lines.items():
+        print("\n  ".join([f"{dataset}/{name}: {'problems' if (dataset, name) in faulty else 'good'}", *told]))
+    if faulty:
+        raise SceneError(f"{len(faulty)} of {len(lines)} scenes have problems, see above")
 
 
 def run_one(options: Namespace, isolated: bool = False) -> None:

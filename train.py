@@ -15,11 +15,12 @@ from components.draw_counts import DrawCounts
 from components.evaluation import Evaluation, evaluate, evenly_spaced
 from components.grids import learning_rate_factor, resolution_for, training_samples, voxel_schedule
 from components.metrics import mse_to_psnr
-from components.perceptual import PerceptualMetrics, load_perceptual_metrics
+from components.perceptual import PerceptualMetrics, check_weights_folder, load_perceptual_metrics
 from components.pixel_sets import PixelSet
 from components.regularisers import L1Density, build_regularisers
 from components.types import Scene
-from dataLoader import load_scene
+from dataLoader import Inspection, inspect_scene, load_scene, scene_folder
+from dataLoader.assemble import Volume
 from models import FieldConfig, build_field, field_state
 from models.files import CHECKPOINT_FORMAT, load_field
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
@@ -27,6 +28,7 @@ from models.kernels import threads
 from models.optimizers import crop_adam, make_adam
 from models.outputs import evaluation_renderer, export, pictures, save_overview, save_views, score
 from models.rehearsal import step_seconds
+from models.room import room_faults
 from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
 from utils.checkpoints import latest_checkpoint, load_latest, prune_checkpoints, save_checkpoint
@@ -70,9 +72,7 @@ def run_or_answer(options: Namespace, stop_after: float, started: float) -> dict
     """The same, where signals only ask to stop; started: perf_counter when the run began."""
     check_strategy(options.strategy)
     device = choose_device(options.device)
-    folder = run_folder(
-        options.save_dir, options.up_folder_name, options.nerf_dataset, options.nerf_scene, options.tag, options.seed
-    )
+    folder = run_folder_of(options)
     if options.render_only:
         return render_only(options, folder, device)
     if (folder / "results.json").exists() and not options.overwrite:
@@ -84,10 +84,18 @@ def run_or_answer(options: Namespace, stop_after: float, started: float) -> dict
         return train_in(folder, lock, options, device, stop_after, started)
 
 
+def run_folder_of(options: Namespace) -> Path:
+    """Where the run lies."""
+    o = options
+    return run_folder(o.save_dir, o.up_folder_name, o.nerf_dataset, o.nerf_scene, o.tag, o.seed)
+
+
 def train_in(
     folder: Path, lock: RunLock, options: Namespace, device: torch.device, stop_after: float, started: float
 ) -> dict:
     """Train, or go on training, in a folder that is locked; see `run`."""
+    found = preflight(options, folder, device)
+    found.problems.raise_any(str(found.folder))
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
@@ -96,7 +104,7 @@ def train_in(
     memory = MemoryMeter(device)
     memory.start()
     with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
-        scenes = {split: load_split(options, split) for split in ("train", "test")}
+        scenes = found.load()
         stop_if_asked()
         trainer = Trainer(options, folder, device, scenes, perceptual, memory, lock)
         afresh = options.overwrite or latest_checkpoint(folder) is None
@@ -117,6 +125,47 @@ def train_in(
             trainer.log.close()
 
 
+def preflight(options: Namespace, folder: Path, device: torch.device) -> Inspection:
+    """What can be known before step 0: all headers and poses of the scene, and whether weights, memory and disk are
+    there. Decodes and writes nothing; all that is wrong is in the inspection's `problems`, what is odd in its notes.
+
+    Raises SceneError or OptionError where there is no scene to look at.
+    """
+    found = inspect_scene(
+        options.nerf_dataset,
+        options.data_folder,
+        options.nerf_scene,
+        {split: getattr(options, f"downsample_{split}") for split in ("train", "test")},
+        scene_bbox=options.scene_bbox,
+        skip_missing_frames=options.skip_missing_frames,
+    )
+    if options.lpips_weights:
+        found.problems.attempt("options", check_weights_folder, Path(options.lpips_weights))
+    if found.plans:
+        config = field_config(options, next(iter(found.plans.values())).volume)
+        image_bytes = found.plans["train"].n_bytes if "train" in found.plans else 0
+        test_pixels = found.plans["test"].n_pixels // options.test_every if "test" in found.plans else 0
+        faults, notes = room_faults(options, config, image_bytes, test_pixels, folder, device)
+        for line in faults:
+            found.problems.add("options", line)
+        for line in notes:
+            found.problems.note(line)
+    return found
+
+
+def check_lines(options: Namespace) -> tuple[list[str], bool]:
+    """(what `preflight` found, as lines for the user; whether it found problems), for --check_only."""
+    demo = options.nerf_dataset == "demo" and not scene_folder("demo", options.data_folder, options.nerf_scene).is_dir()
+    if demo:
+        return ["is drawn when it is first used"], False
+    try:
+        found = preflight(options, run_folder_of(options), choose_device(options.device))
+    except UserError as error:
+        return [f"problem: {error}"], True
+    notes = [f"note: {line}" for line in found.problems.notes]
+    return [*map(str, found.plans.values()), *found.problems.lines(), *notes], bool(found.problems)
+
+
 def load_split(options: Namespace, split: str) -> Scene:
     """The training or test views of the options' scene, on the CPU."""
     return load_scene(
@@ -130,8 +179,8 @@ def load_split(options: Namespace, split: str) -> Scene:
     )
 
 
-def field_config(options: Namespace, scene: Scene) -> FieldConfig:
-    """What the options and the scene say about the field."""
+def field_config(options: Namespace, scene: Scene | Volume) -> FieldConfig:
+    """What the options and the scene (its near, far and ndc) say about the field."""
     return FieldConfig(
         model_name=options.model_name,
         n_density=tuple(options.n_lamb_sigma),

@@ -60,9 +60,14 @@ class SplitPlan:
     size: tuple[int, int]
 
     @property
+    def n_pixels(self) -> int:
+        """Pixels of all images at the size they are decoded at."""
+        return len(self.cameras.paths) * self.size[0] * self.size[1]
+
+    @property
     def n_bytes(self) -> int:
         """What the decoded pixels take."""
-        return len(self.cameras.paths) * self.size[0] * self.size[1] * self.cameras.info.channels
+        return self.n_pixels * self.cameras.info.channels
 
     def __str__(self) -> str:
         info = self.cameras.info

@@ -62,7 +62,7 @@ def _numbers_only(value: Any) -> bool:
 
 
 def _is_curve(curve: dict) -> bool:
-    """Lists of numbers (null where one was not finite) of one length by name, `psnr` and what it is drawn over among them."""
+    """Lists of one length by name: `psnr` and what it is drawn over, numbers, null where one was not finite."""
     lists = [curve.get(name) for name in CURVE]
     if not all(isinstance(values, list) and all(_absent_or(_is_number, value) for value in values) for values in lists):
         return False
