@@ -25,12 +25,13 @@ from models import FieldConfig, build_field, field_state
 from models.files import CHECKPOINT_FORMAT, load_field
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
 from models.kernels import threads
-from models.optimizers import crop_adam, make_adam
+from models.optimizers import crop_adam, load_adam, make_adam
 from models.outputs import evaluation_renderer, export, pictures, save_overview, save_views, score
 from models.rehearsal import step_seconds
 from models.room import room_faults
 from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
+from utils.checkpoint_parts import check_like
 from utils.checkpoints import latest_checkpoint, load_latest, prune_checkpoints, save_checkpoint
 from utils.console import say
 from utils.curves import read_curves
@@ -327,6 +328,22 @@ class Trainer:
             "log": self.log.position(),
         }
 
+    def expected_state(self) -> dict:
+        """What `restore` reads itself, as far as its make is known beforehand; values do not matter."""
+        return {
+            "iteration": 0,
+            "regularisers": {r.name: 0.0 for r in self.regularisers},
+            "mask_grid": None if self.mask_grid is None else [0, 0, 0],
+            "sampler": self.sampler.state_dict(),
+            "generators": {name: g.get_state() for name, g in self.generators.items()},
+            "timer": self.timer.state_dict(),
+            "memory": self.memory.state_dict(),
+            "seconds": [0.0, 0.0],
+            "stages": self.stages.state_dict(),
+            "draws": self.draws.tensor,
+            "unreported": {"seconds": 0.0, "sampler_seconds": 0.0, "owes_pictures": False},
+        }
+
     def restore(self, path: Path) -> None:
         """Continue where `state_dict` was taken. Raises CheckpointError if the file is damaged or another run's."""
         self.field, state = load_field(path, self.device, self.config)
@@ -338,12 +355,17 @@ class Trainer:
             )
         try:
             self.optimizer = make_adam(self.field.param_groups(self.options.lr_init, self.options.lr_basis))
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_adam(self.optimizer, state["optimizer"])
             for regulariser in self.regularisers:
                 regulariser.weight = state["regularisers"][regulariser.name]
             self.mask_grid = None if state["mask_grid"] is None else tuple(state["mask_grid"])
             self.kept = None if state["kept"] is None else state["kept"].to(self.device)
+            if self.kept is not None:
+                check_like(torch.empty(self.scene.n_pixels, dtype=torch.bool), self.kept, "kept")
             self.sampler = self.new_sampler()
+            check_like(self.expected_state(), state, "the run's state")
+            if not 0 <= state["iteration"] <= self.options.n_iters:
+                raise ValueError(f"iteration {state['iteration']} of {self.options.n_iters}")
             self.sampler.load_state_dict(state["sampler"])
             for name, generator in self.generators.items():
                 generator.set_state(state["generators"][name])

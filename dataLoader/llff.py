@@ -106,7 +106,10 @@ def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of the format")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+    try:
+        return read(file)
+    except Exception as error:  # the header is Python's text, whose parser fails in many ways
+        raise ValueError(f"its header is damaged: {reason(error)}") from error
 
 
 def _opengl(poses: np.ndarray, problems: Problems) -> np.ndarray | None:

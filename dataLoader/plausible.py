@@ -12,6 +12,7 @@ from utils.resources import total_memory
 # Focal length over image width. Beyond the first two no pinhole camera was ever built; within the others most are.
 IMPOSSIBLE, UNUSUAL = (0.02, 500.0), (0.15, 20.0)
 SAME_POSE = 1e-6
+MIN_FORWARD = 1e-3
 
 
 def check_plan(plan: SplitPlan, problems: Problems) -> None:
@@ -22,8 +23,7 @@ def check_plan(plan: SplitPlan, problems: Problems) -> None:
         return
     _check_mirrored(plan, where, problems)
     _check_intrinsics(plan, where, problems)
-    if not plan.volume.ndc:
-        _check_box(plan, where, problems)
+    (_check_forward if plan.volume.ndc else _check_box)(plan, where, problems)
     _note_same_poses(plan, where, problems)
     if plan.n_bytes > total_memory():
         problems.add(
@@ -82,6 +82,19 @@ def _check_box(plan: SplitPlan, where: str, problems: Problems) -> None:
             f"{plan.volume.near:g} and far {plan.volume.far:g} (distances {nearest.min():.4g} to {farthest.max():.4g});"
             " check --scene_bbox and the poses' scale",
         )
+
+
+def _check_forward(plan: SplitPlan, where: str, problems: Problems) -> None:
+    """In NDC all rays run towards -z, the direction in which the recentred cameras look."""
+    info, numbers = plan.cameras.info, plan.cameras.intrinsics
+    corners = np.array([[0, 0], [info.width, 0], [0, info.height], [info.width, info.height]])
+    plane = (corners - numbers[:, None, 2:]) / numbers[:, None, :2]
+    rays = np.concatenate([plane, np.ones_like(plane[..., :1])], -1)
+    z = np.einsum("mrc,mc->mr", rays, plan.cameras.c2w[:, 2, :3])
+    away = np.flatnonzero((z > -MIN_FORWARD).any(1))
+    if len(away):
+        names = first_few([plan.cameras.paths[i].name for i in away])
+        problems.add("poses", f"{where}: {len(away)} cameras do not look the way the others do ({names}); remove them")
 
 
 def _note_same_poses(plan: SplitPlan, where: str, problems: Problems) -> None:

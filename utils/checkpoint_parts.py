@@ -1,5 +1,8 @@
 """What a loaded checkpoint may consist of. torch reads much more, of which some lets a small file fill the memory."""
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,3 +54,31 @@ def _fault_of_tensor(tensor: Tensor) -> str | None:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return "a tensor that shows more than it stores"
     return None
+
+
+def check_like(expected: Any, found: Any, where: str) -> None:
+    """Raise ValueError, naming the place, unless `found` is of the same make as `expected`: tensors of the same shape
+    and type, finite numbers for numbers, lists of the same length, and whatever keys the dictionaries of `expected`
+    have."""
+    if isinstance(expected, dict):
+        _demand(isinstance(found, dict), where)
+        for key, value in expected.items():
+            _demand(key in found, f"{where}/{key}")
+            check_like(value, found[key], f"{where}/{key}")
+    elif isinstance(expected, (list, tuple)):
+        _demand(isinstance(found, (list, tuple)) and len(found) == len(expected), where)
+        for number, (value, other) in enumerate(zip(expected, found, strict=True)):
+            check_like(value, other, f"{where}/{number}")
+    elif isinstance(expected, Tensor):
+        _demand(isinstance(found, Tensor) and found.shape == expected.shape and found.dtype == expected.dtype, where)
+        _demand(not found.is_floating_point() or bool(found.isfinite().all()), where)
+    elif isinstance(expected, float):
+        number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        _demand(number and math.isfinite(found), where)
+    else:
+        _demand(type(found) is type(expected), where)
+
+
+def _demand(good: bool, where: str) -> None:
+    if not good:
+        raise ValueError(f"{where} is of another kind")
