@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test gpu-check clean
+.PHONY: demo test fuzz gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python run.py --demo --compare
@@ -12,6 +12,11 @@ test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Ten thousand damaged scenes, config files, checkpoints and results, each of which must be read or refused in words.
+# Writes benchmarks/results/fuzz.json; FUZZ="--seed 2 --count 1000" tries others.
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_inputs $(FUZZ)
 
 # On a CUDA machine, in under 10 minutes: the tests marked cuda, kernels and a step timed beside their twins, and as much
 # of a full lego training as fits. Writes benchmarks/results/gpu_check.json. GPU_PYTHON=... uses a Python that has torch

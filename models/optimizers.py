@@ -25,7 +25,7 @@ def load_adam(optimizer: torch.optim.Adam, state: Mapping) -> None:
     """Give a new optimiser of `make_adam` the state that another one had. Raises ValueError, KeyError or TypeError if
     the state, which may come from anywhere, does not fit: the kernels write where its moments should be."""
     check_like(optimizer.state_dict()["param_groups"], state["param_groups"], "optimizer")
-    check_like(dict.fromkeys(state["state"], {}), state["state"], "optimizer")
+    check_like({number: {} for number in state["state"]}, state["state"], "optimizer")
     optimizer.load_state_dict(state)
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         moments = optimizer.state.get(parameter)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -22,17 +23,20 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from random import Random
+from typing import IO
 
 import psutil
 
 # Of processor time, and of the clock, which runs on while other programs have the processor.
 SECONDS, CLOCK_SECONDS = 5.0, 40.0
 START_SECONDS = 300.0
+START_METHOD = "spawn"
 # Beyond what the process held before: an input may cost this much, and ask for as much again before it is stopped.
 MEGABYTES, LIMIT_MEGABYTES = 600, 6000
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 GOOD = ("accepted", "refused")
+PROGRESS = re.compile(rb"\r[^\r\n]*")
 
 
 def inputs(count: int, seed: int, kind: str | None = None) -> list[tuple[str, int]]:
@@ -55,16 +59,22 @@ def attempt(kind: str, seed: int) -> tuple[str, str]:
             outcome, said = run_one(kind, seed), ""
         except BaseException:
             return "exception", traceback.format_exc()[-3000:]
-        output.flush()
-        written = os.fstat(output.fileno()).st_size
+        written = PROGRESS.sub(b"", read_back(output))
     # Of our own, told to the user; all others are a library's, about which the user can do nothing.
     foreign = [w for w in caught if w.category is not UserWarning or not str(w.filename).startswith(str(ROOT))]
     if foreign:
         return "warning", f"{foreign[0].category.__name__}: {foreign[0].message} ({foreign[0].filename})"
     if written:
-        return "output", f"{written} bytes on stdout or stderr"
+        return "output", f"on stdout or stderr: {written[:300]!r}"
     grown = peak_megabytes() - before
     return (outcome, said) if grown < MEGABYTES else ("memory", f"{grown:.0f} MB")
+
+
+def read_back(file: IO[bytes]) -> bytes:
+    """What was written to a file that is still open."""
+    sys.stdout.flush(), sys.stderr.flush()
+    file.seek(0)
+    return file.read()
 
 
 @contextlib.contextmanager
@@ -97,7 +107,6 @@ def peak_megabytes(reset: bool = False) -> float:
 
 def work(pipe: Connection) -> None:
     """In a process of its own: answer inputs until there are no more."""
-    os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     from tests.fuzz_targets import prepare
@@ -118,7 +127,7 @@ class Worker:
     """A process that is given one input after another, and is replaced when it hangs or dies."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=work, args=(other,), daemon=True)
         self.process.start()

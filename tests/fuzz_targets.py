@@ -135,7 +135,11 @@ def command_line(r: Random, place: Path) -> None:
         elif kind == 1:
             words.insert(at, r.choice(words))
         elif kind == 2:
-            words[at] = mutate.bytes_blindly(r, words[at].encode()).decode("utf-8", "surrogateescape").replace("\0", "")
+            words[at] = (
+                mutate.bytes_blindly(r, words[at].encode("utf-8", "surrogateescape"))
+                .decode("utf-8", "surrogateescape")
+                .replace("\0", "")
+            )
         else:
             words[at] = r.choice((*mutate.WORDS, "=[" * 30_000, "--" + "x" * 1000, *map(str, mutate.NUMBERS)))
     if not {"-h", "--help"}.intersection(words):

@@ -28,9 +28,12 @@ def fault_of_results(result: Any) -> str | None:
         wrong = next((name for name in names if not _absent_or(fits, result.get(name))), None)
         if wrong:
             return f"{wrong} is not {what}"
-    for name in ("stages", "ms_per_step"):
-        if not all(_numbers_only(value) for value in (result.get(name) or {}).values()):
-            return f"{name} holds something else than numbers"
+    stages = (result.get("stages") or {}).values()
+    if not all(_absent_or(_is_table, stage) for stage in stages):
+        return "stages holds something else than tables"
+    for numbers in (result.get("ms_per_step"), *stages):
+        if not all(_absent_or(_is_number, number) for number in (numbers or {}).values()):
+            return "ms_per_step or stages holds something else than numbers"
     curve = result.get("test_curve")
     return None if curve is None or _is_curve(curve) else "test_curve is none"
 
@@ -53,12 +56,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
-
-
-def _numbers_only(value: Any) -> bool:
-    """A number, or a table of numbers; either may be absent."""
-    values = value.values() if isinstance(value, dict) else [value]
-    return all(_absent_or(_is_number, item) for item in values)
 
 
 def _is_curve(curve: dict) -> bool:
