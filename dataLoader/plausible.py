@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from dataLoader.assemble import SplitPlan
-from dataLoader.checks import first_few
+from dataLoader.checks import MAX_COORDINATE, first_few
 from dataLoader.problems import Problems
 from utils.resources import total_memory
 
@@ -20,6 +20,9 @@ def check_plan(plan: SplitPlan, problems: Problems) -> None:
     where = f"{plan.folder} ({plan.split})"
     if not all(np.isfinite(values).all() for values in (plan.cameras.c2w, plan.render_path, plan.volume.aabb)):
         problems.add("poses", f"{where}: the cameras' mean direction is undefined; check the poses")
+        return
+    if np.abs(plan.cameras.c2w).max() > MAX_COORDINATE:
+        problems.add("poses", f"{where}: a camera is farther away than {MAX_COORDINATE:g} units; check poses and bounds")
         return
     _check_mirrored(plan, where, problems)
     _check_intrinsics(plan, where, problems)

@@ -37,13 +37,13 @@ def scene(dataset: str, r: Random, place: Path) -> None:
     folder, name, factor = SCENES[dataset]
     target = place / folder / name
     shutil.copytree(GOLDEN / "scenes" / folder / name, target)
+    if dataset == "own_data" and r.random() < 0.3:  # one file for both splits
+        (target / "transforms_test.json").unlink()
+        (target / "transforms_train.json").rename(target / "transforms.json")
     files = sorted(path for path in target.rglob("*") if path.is_file())
     tables = [path for path in files if path.suffix != ".png"]
     for path in {r.choice(tables if r.random() < 0.6 else files) for _ in range(r.choice((1, 1, 3)))}:
         damage_scene_file(r, path)
-    if dataset == "own_data" and r.random() < 0.3 and (target / "transforms_train.json").is_file():
-        (target / "transforms_test.json").unlink(missing_ok=True)
-        (target / "transforms_train.json").rename(target / "transforms.json")
     more = {"skip_missing_frames": r.random() < 0.3}
     if r.random() < 0.1:
         more["scene_bbox"] = [-1, -1, -1, 1, 1, float(r.choice((1, 1e8, -2, math.nan)))]
