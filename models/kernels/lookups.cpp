@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t POINTS = 1 << 11, RAYS = 1 << 6;  // of a share
 constexpr int64_t ALONE = 1 << 9;                   // points that are too few to share out
 constexpr int64_t EVERY = 16;                       // so many points are looked at to share out a plane's rows
-constexpr int64_t BLOCK = 1 << 10;                  // points that are sorted into bands at once
 
 // Rows 0..N-1 of an axis as borders of bands, one a thread, that hold about as many points each.
 std::vector<int64_t> bands(const float* xyz, int64_t n, int32_t axis, int32_t size, int32_t threads) {
@@ -36,52 +35,86 @@ std::vector<int64_t> bands(const float* xyz, int64_t n, int32_t axis, int32_t si
     return borders;
 }
 
+// Of points from `next` on, up to n, a block of those that reach into rows low..high-1 of axis v, with their numbers.
+struct Band {
+    const float* xyz;
+    int64_t n, low, high, next = 0, count = 0;
+    int64_t numbers[Block::SIZE];
+    float chosen[3 * Block::SIZE];
+    Block block;
+
+    // False when there are none left. Points that `skip(k)` says nothing flows to are left out.
+    template <class Skip>
+    bool advance(int v, const int32_t* grid, const Skip& skip) {
+        for (count = 0; count == 0 && next < n;) {
+            const int64_t first = next, size = std::min(Block::SIZE, n - first);
+            block.fill(v, xyz + 3 * first, size, grid[v]);
+            next += size;
+            for (int64_t k = 0; k < size; ++k) {
+                numbers[count] = first + k;
+                count += (owns(k, v) | reaches(k, v)) & !skip(first + k);
+            }
+        }
+        for (int64_t k = 0; k < count; ++k) std::copy_n(xyz + 3 * numbers[k], 3, chosen + 3 * k);
+        block.fill(chosen, count, grid);
+        return count > 0;
+    }
+    bool owns(int64_t k, int v) const { return (block.indices[v][0][k] >= low) & (block.indices[v][0][k] < high); }
+    bool reaches(int64_t k, int v) const {
+        return (block.indices[v][1][k] >= low) & (block.indices[v][1][k] < high) & (block.shares[v][1][k] != 0);
+    }
+};
+
 // Adds d loss / d plane for the plane's rows low..high-1, and d loss / d line [N, C] of the points whose lower tap lies
 // there to line_gradient. upstream [K, width], or [K] for summed products.
-void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group& g, int64_t low, int64_t high,
-                   const float* upstream, int64_t width, bool sum, float* line_gradient) {
-    const Table &plane = g.tables[0], &line = g.tables[1];
-    const int v_axis = plane.axes[1];
-    int64_t points[BLOCK + 1], count = 0, next = 0;  // of a block of points, those that reach into the band
-    for (int64_t number = 0;; ++number) {
-        if (number == count) {
-            for (number = count = 0; count == 0 && next < n;)
-                for (const int64_t end = std::min(next + BLOCK, n); next < end; ++next) {
-                    const Axis v = along(xyz[3 * next + v_axis], grid[v_axis]);
-                    const bool owner = v.index[0] >= low && v.index[0] < high;
-                    const bool upper = v.index[1] >= low && v.index[1] < high && v.share[1] != 0;
-                    points[count] = next;
-                    count += (owner | upper) & !(sum && upstream[next] == 0);
-                }
-            if (count == 0) return;
+template <bool SUM, class Channels>
+void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group& g, Channels channels, int64_t low,
+                   int64_t high, const float* upstream, int64_t width, float* line_gradient) {
+    const Table plane = g.tables[0], line = g.tables[1];
+    float* const plane_gradient = plane.gradient;
+    const int v = plane.axes[1];
+    Band band{xyz, n, low, high};
+    while (band.advance(v, grid, [=](int64_t k) { return SUM && upstream[k] == 0; }))
+        for (int64_t k = 0; k < band.count; ++k) {
+            if (const int64_t later = k + AHEAD; later < band.count) {
+                const auto rows = plane_taps(plane, Place{band.block, later}, grid, channels);
+                fetch_rows(plane.values, rows, channels);
+                fetch_rows(plane_gradient, rows, channels);
+                for (int64_t c = 0; !SUM && c < channels; c += 16)
+                    __builtin_prefetch(upstream + band.numbers[later] * width + g.offset + c);
+            }
+            const float* up = SUM ? upstream + band.numbers[k] : upstream + band.numbers[k] * width + g.offset;
+            const auto a = plane_taps(plane, Place{band.block, k}, grid, channels);
+            const auto b = line_taps(line, Place{band.block, k}, channels);
+            // Taps of weight 0 are added too: it changes nothing, and a branch would cost more.
+            const auto spread = [&](auto owner, auto upper) {
+                over_channels(channels, [&](auto type, int64_t c) {
+                    using V = decltype(type);
+                    V u = V{} + up[0];
+                    if (!SUM) u = load<V>(up + c);
+                    const V through_line = u * value_at<V>(line, b, c);
+                    if (owner) {
+                        const V through_plane = u * value_at<V>(plane, a, c);
+                        add<V>(plane_gradient + a.row[0] + c, a.weight[0] * through_line);
+                        add<V>(plane_gradient + a.row[1] + c, a.weight[1] * through_line);
+                        add<V>(line_gradient + b.row[0] + c, b.weight[0] * through_plane);
+                        add<V>(line_gradient + b.row[1] + c, b.weight[1] * through_plane);
+                    }
+                    if (upper) {
+                        add<V>(plane_gradient + a.row[2] + c, a.weight[2] * through_line);
+                        add<V>(plane_gradient + a.row[3] + c, a.weight[3] * through_line);
+                    }
+                });
+            };
+            const bool owner = band.owns(k, v), upper = band.reaches(k, v);
+            if (owner & upper) {
+                spread(std::true_type{}, std::true_type{});
+            } else if (owner) {
+                spread(std::true_type{}, std::false_type{});
+            } else {
+                spread(std::false_type{}, std::true_type{});
+            }
         }
-        const int64_t k = points[number];
-        const float* up = sum ? upstream + k : upstream + k * width + g.offset;
-        const Point point(xyz + 3 * k, grid);
-        const Axis& v = point.axes[v_axis];
-        const bool owner = v.index[0] >= low && v.index[0] < high;
-        const bool upper = v.index[1] >= low && v.index[1] < high && v.share[1] != 0;
-        const auto a = plane_taps(plane, point, grid, g.channels);
-        const auto b = line_taps(line, point, g.channels);
-        // Taps of weight 0 are added too: it changes nothing, and a branch would cost more.
-        over_channels(g.channels, [&](auto type, int64_t c) {
-            using V = decltype(type);
-            V u = V{} + up[0];
-            if (!sum) u = load<V>(up + c);
-            const V through_line = u * value_at<V>(line, b, c);
-            if (owner) {
-                add<V>(plane.gradient + a.row[0] + c, a.weight[0] * through_line);
-                add<V>(plane.gradient + a.row[1] + c, a.weight[1] * through_line);
-                const V through_plane = u * value_at<V>(plane, a, c);
-                add<V>(line_gradient + b.row[0] + c, b.weight[0] * through_plane);
-                add<V>(line_gradient + b.row[1] + c, b.weight[1] * through_plane);
-            }
-            if (upper) {
-                add<V>(plane.gradient + a.row[2] + c, a.weight[2] * through_line);
-                add<V>(plane.gradient + a.row[3] + c, a.weight[3] * through_line);
-            }
-        });
-    }
 }
 
 // Adds d loss / d lines of points first..end-1 to three gradients, each [N of its axis, C].
@@ -160,12 +193,14 @@ void products(const float* xyz, int64_t n, const int32_t* grid, const Group* gro
               int64_t width, int32_t sum, int32_t threads) {
     share_range(n, POINTS, n <= ALONE ? 1 : threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
-        for (int64_t k = first; k < end; ++k) {
-            const Point point(xyz + 3 * k, grid);
+        Block block;
+        for (int64_t start = first; start < end; start += Block::SIZE) {
+            const int64_t size = std::min(Block::SIZE, end - start);
+            block.fill(xyz + 3 * start, size, grid);
             if (sum) {
-                out[k] = summed_product(groups, n_groups, point, grid);
+                summed_products(groups, n_groups, block, size, grid, out + start);
             } else {
-                all_products(groups, n_groups, point, grid, out + k * width);
+                all_products(groups, n_groups, block, size, grid, out + start * width, width);
             }
         }
     });
@@ -229,7 +264,10 @@ void scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* grou
         }
         const int64_t row = grid[group.tables[0].axes[0]] * group.channels;
         if (fresh) std::fill(group.tables[0].gradient + low * row, group.tables[0].gradient + high * row, 0.f);
-        scatter_plane(xyz, n, grid, group, low, high, upstream, width, sum, lines[1]);
+        with_channels(group.channels, [&](auto channels) {
+            const auto scatter_kind = sum ? scatter_plane<true, decltype(channels)> : scatter_plane<false, decltype(channels)>;
+            scatter_kind(xyz, n, grid, group, channels, low, high, upstream, width, lines[1]);
+        });
     });
     for (int g = 0; g < n_groups; ++g)
         for (int i = 0; i < 3; ++i) {

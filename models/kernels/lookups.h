@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
+#include <type_traits>
 
 extern "C" {
 struct Table {
@@ -49,12 +49,24 @@ inline void add(float* to, V value) {
 }
 
 // body(V{}, c) for all channels, as many at once as V holds.
-template <class Body>
-inline void over_channels(int64_t channels, Body body) {
+template <class Channels, class Body>
+inline void over_channels(Channels channels, Body body) {
     int64_t c = 0;
     for (; c + WIDE <= channels; c += WIDE) body(Wide{}, c);
     for (; c + 4 <= channels; c += 4) body(V4{}, c);
     for (; c < channels; ++c) body(float{}, c);
+}
+
+// body(channels) with a number that the compiler knows, for the usual ones: loops over channels are unrolled then.
+template <class Body>
+inline void with_channels(int64_t channels, const Body& body) {
+    if (channels == 16) {
+        body(std::integral_constant<int64_t, 16>{});
+    } else if (channels == 48) {
+        body(std::integral_constant<int64_t, 48>{});
+    } else {
+        body(channels);
+    }
 }
 
 struct Sum {
@@ -100,6 +112,43 @@ struct Point {
     Point(const float* xyz, const int32_t* grid) {
         for (int i = 0; i < 3; ++i) axes[i] = along(xyz[i], grid[i]);
     }
+    int64_t index(int axis, int i) const { return axes[axis].index[i]; }
+    float share(int axis, int i) const { return axes[axis].share[i]; }
+};
+
+constexpr int64_t AHEAD = 4;  // points
+
+// The same of up to SIZE points, which the compiler's vectoriser computes side by side.
+struct Block {
+    static constexpr int64_t SIZE = 256;
+    int32_t indices[3][2][SIZE];
+    float shares[3][2][SIZE];
+
+    void fill(const float* xyz, int64_t n, const int32_t* grid) {
+        for (int axis = 0; axis < 3; ++axis) fill(axis, xyz, n, grid[axis]);
+    }
+    void fill(int axis, const float* xyz, int64_t n, int32_t size) {
+        int32_t *__restrict low = indices[axis][0], *__restrict high = indices[axis][1];
+        float *__restrict low_share = shares[axis][0], *__restrict high_share = shares[axis][1];
+        for (int64_t k = 0; k < n; ++k) {  // as `along`
+            const float position = ((xyz[3 * k + axis] + 1) / 2) * (size - 1);
+            const float lower = std::floor(position), upper_share = position - lower;
+            const bool low_in = (lower >= 0) & (lower < size), high_in = (lower >= -1) & (lower < size - 1);
+            const int32_t index = static_cast<int32_t>(low_in | high_in ? lower : 0);
+            low[k] = low_in ? index : 0;
+            high[k] = high_in ? index + 1 : 0;
+            low_share[k] = low_in ? 1 - upper_share : 0;
+            high_share[k] = high_in ? upper_share : 0;
+        }
+    }
+};
+
+// A point of a block.
+struct Place {
+    const Block& block;
+    int64_t k;
+    int64_t index(int axis, int i) const { return block.indices[axis][i][k]; }
+    float share(int axis, int i) const { return block.shares[axis][i][k]; }
 };
 
 template <int N>
@@ -108,19 +157,20 @@ struct Taps {
     float weight[N];
 };
 
-inline Taps<2> line_taps(const Table& table, const Point& point, int64_t channels) {
-    const Axis& w = point.axes[table.axes[0]];
-    return {{w.index[0] * channels, w.index[1] * channels}, {w.share[0], w.share[1]}};
+template <class At>
+inline Taps<2> line_taps(const Table& table, const At& at, int64_t channels) {
+    const int w = table.axes[0];
+    return {{at.index(w, 0) * channels, at.index(w, 1) * channels}, {at.share(w, 0), at.share(w, 1)}};
 }
 
-inline Taps<4> plane_taps(const Table& table, const Point& point, const int32_t* grid, int64_t channels) {
-    const Axis &u = point.axes[table.axes[0]], &v = point.axes[table.axes[1]];
-    const int64_t width = grid[table.axes[0]];
+template <class At>
+inline Taps<4> plane_taps(const Table& table, const At& at, const int32_t* grid, int64_t channels) {
+    const int u = table.axes[0], v = table.axes[1];
     Taps<4> taps;
     for (int j = 0; j < 2; ++j)
         for (int i = 0; i < 2; ++i) {
-            taps.row[2 * j + i] = (v.index[j] * width + u.index[i]) * channels;
-            taps.weight[2 * j + i] = v.share[j] * u.share[i];
+            taps.row[2 * j + i] = (at.index(v, j) * grid[u] + at.index(u, i)) * channels;
+            taps.weight[2 * j + i] = at.share(v, j) * at.share(u, i);
         }
     return taps;
 }
@@ -133,35 +183,64 @@ inline V value_at(const Table& table, const Taps<N>& taps, int64_t c) {
 }
 
 // use(V product, c) for all channels of a group's product at a point.
-template <class Use>
-inline void product_of(const Group& g, const Point& point, const int32_t* grid, Use use) {
-    const auto last = line_taps(g.tables[1], point, g.channels);
+template <class At, class Channels, class Use>
+inline void product_of(const Group& g, const At& at, const int32_t* grid, Channels channels, const Use& use) {
+    const auto last = line_taps(g.tables[1], at, channels);
     if (g.tables[0].axes[1] >= 0) {
-        const auto plane = plane_taps(g.tables[0], point, grid, g.channels);
-        over_channels(g.channels, [&](auto type, int64_t c) {
+        const auto plane = plane_taps(g.tables[0], at, grid, channels);
+        over_channels(channels, [&](auto type, int64_t c) {
             using V = decltype(type);
             use(value_at<V>(g.tables[0], plane, c) * value_at<V>(g.tables[1], last, c), c);
         });
     } else {
-        const auto a = line_taps(g.tables[0], point, g.channels), b = line_taps(g.tables[2], point, g.channels);
-        over_channels(g.channels, [&](auto type, int64_t c) {
+        const auto a = line_taps(g.tables[0], at, channels), b = line_taps(g.tables[2], at, channels);
+        over_channels(channels, [&](auto type, int64_t c) {
             using V = decltype(type);
             use(value_at<V>(g.tables[0], a, c) * value_at<V>(g.tables[1], last, c) * value_at<V>(g.tables[2], b, c), c);
         });
     }
 }
 
+// Asks for the rows around a later point of a block: they come from far away, and a CPU looks only some points ahead.
+inline void fetch_rows(const float* table, const Taps<4>& taps, int64_t channels) {
+    for (int tap = 0; tap < 4; ++tap)
+        for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(table + taps.row[tap] + c, 1);
+}
+
+// use(k, V product, c) for points 0..n-1 of a block.
+template <class Use>
+inline void products_of(const Group& g, const Block& block, int64_t n, const int32_t* grid, const Use& use) {
+    with_channels(g.channels, [&](auto channels) {
+        for (int64_t k = 0; k < n; ++k) {
+            if (g.tables[0].axes[1] >= 0 && k + AHEAD < n)
+                fetch_rows(g.tables[0].values, plane_taps(g.tables[0], Place{block, k + AHEAD}, grid, channels), channels);
+            product_of(g, Place{block, k}, grid, channels, [&](auto product, int64_t c) { use(k, product, c); });
+        }
+    });
+}
+
 inline float summed_product(const Group* groups, int32_t n_groups, const Point& point, const int32_t* grid) {
     Sum sum;
-    for (int g = 0; g < n_groups; ++g) product_of(groups[g], point, grid, [&](auto product, int64_t) { sum += product; });
+    for (int g = 0; g < n_groups; ++g)
+        product_of(groups[g], point, grid, groups[g].channels, [&](auto product, int64_t) { sum += product; });
     return sum.total();
 }
 
-// The products of all groups side by side, into out [width].
-inline void all_products(const Group* groups, int32_t n_groups, const Point& point, const int32_t* grid, float* out) {
+// The same of points 0..n-1 of a block, into out [n].
+inline void summed_products(const Group* groups, int32_t n_groups, const Block& block, int64_t n, const int32_t* grid,
+                            float* out) {
+    Sum sums[Block::SIZE];
+    for (int g = 0; g < n_groups; ++g)
+        products_of(groups[g], block, n, grid, [&](int64_t k, auto product, int64_t) { sums[k] += product; });
+    for (int64_t k = 0; k < n; ++k) out[k] = sums[k].total();
+}
+
+// The products of all groups side by side, into out [n, width].
+inline void all_products(const Group* groups, int32_t n_groups, const Block& block, int64_t n, const int32_t* grid,
+                         float* out, int64_t width) {
     for (int g = 0; g < n_groups; ++g) {
-        float* row = out + groups[g].offset;
-        product_of(groups[g], point, grid, [&](auto product, int64_t c) { store(row + c, product); });
+        float* from = out + groups[g].offset;
+        products_of(groups[g], block, n, grid, [=](int64_t k, auto product, int64_t c) { store(from + k * width + c, product); });
     }
 }
 

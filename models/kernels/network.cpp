@@ -108,6 +108,7 @@ struct Tile {
     const Colours& c;
     const int64_t P, X, H, I;
     Floats products, x, to_x, first, to_first, second, to_second, to_products;
+    Block block;
 
     explicit Tile(const Colours& colours)
         : c(colours), P(c.products), X(c.inputs), H(c.hidden), I(X * (1 + 2 * c.frequencies)) {
@@ -118,8 +119,8 @@ struct Tile {
 
     // Products of lookups of samples begin..begin+n-1.
     void look_up(int64_t begin, int64_t n) {
-        for (int64_t s = 0; s < n; ++s)
-            all_products(c.groups, c.n_groups, Point(c.xyz + 3 * (begin + s), c.grid), c.grid, &products[s * P]);
+        block.fill(c.xyz + 3 * begin, n, c.grid);
+        all_products(c.groups, c.n_groups, block, n, c.grid, products.data(), P);
     }
 
     // From the first X inputs of n samples all I.
@@ -228,13 +229,14 @@ void backward_share(Tile& tile, int64_t begin, int64_t end, const float* rgb, co
             std::copy_n(two, n * H, tile.second.data());
             one = tile.first.data(), two = tile.second.data();
         }
-        float to_out[TILE][3] = {};
+        float to_out[TILE][3] = {}, to_b3[3] = {};
         for (int64_t s = 0; s < n; ++s)
             for (int o = 0; o < 3; ++o) {
                 const float value = rgb[(from + s) * 3 + o];
                 to_out[s][o] = to_rgb[(from + s) * 3 + o] * value * (1 - value);
-                sums.b3[o] += to_out[s][o];
+                to_b3[o] += to_out[s][o];
             }
+        for (int o = 0; o < 3; ++o) sums.b3[o] += to_b3[o];
         float* to_second = tile.to_second.data();
         for (int64_t k = 0; k < H; k += LANES) {
             V to_weight[3] = {}, to_bias{};
