@@ -255,7 +255,7 @@ class Trainer:
         self.stage = ""
         # Of the steps since the last report: errors and losses, unread, and time before a resumption.
         self.losses: list[Tensor] = []
-        self.unreported_seconds = 0.0
+        self.reported_iteration, self.unreported_seconds = 0, 0.0
         # Whether the last report still lacks its evaluation; where the log was when the checkpoint was saved.
         self.owes_pictures = False
         self.log_position: dict[str, int] | None = None
@@ -379,6 +379,7 @@ class Trainer:
             self.unreported_seconds = unreported["seconds"]
             self.sampler_seconds, self.owes_pictures = unreported["sampler_seconds"], unreported["owes_pictures"]
             self.iteration = state["iteration"]
+            self.reported_iteration = self.iteration - len(self.losses)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
             if is_shortage(error):
                 raise
@@ -433,6 +434,8 @@ class Trainer:
                         bar.set_postfix(psnr=f"{psnr:.2f}", ms=f"{step_ms:.0f}", refresh=False)
                     stop_if_asked()
         except Preempted:
+            if self.losses:
+                self.read_losses()
             self.close_memory()
             self.save()
             say(f"checkpoint of iteration {self.iteration} saved")
@@ -484,6 +487,7 @@ class Trainer:
         o, iteration = self.options, self.iteration
         if iteration not in o.update_AlphaMask_list and iteration not in o.upsamp_list:
             return
+        self.read_losses()  # what is not finite by now is better named than grown
         self.close_memory()
         self.open_memory()  # growing counts in the peak, but not in what a step needs
         with self.timer.phase("grow"):
@@ -552,6 +556,7 @@ class Trainer:
         self.stages.add(self.stage, seconds=seconds)
         self.log_steps(mse, step_ms, n_steps)
         self.losses.clear()
+        self.reported_iteration = self.iteration
         self.owes_pictures = self.due(self.options.vis_every) and self.iteration < self.last_iteration
         # Before the evaluation: should that be cut short, it alone is to be made again.
         if self.due(self.options.save_every):
@@ -571,11 +576,11 @@ class Trainer:
         if not finite.all():
             first = int(finite.int().argmin())
             value = next(x for x in read[first].tolist() if not math.isfinite(x))
-            iteration = self.iteration - len(read) + first + 1
+            iteration = self.reported_iteration + first + 1
             raise self.not_finite(f"the loss became {value} at iteration {iteration}")
         if not self.stages.total("live_samples"):
             raise SceneError(
-                f"{self.scene.name}: no ray of the first {self.iteration} iterations met the box between near "
+                f"{self.scene.name}: no ray of the first {self.reported_iteration + len(read)} iterations met the box between near "
                 f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then start "
                 "again with --overwrite"
             )

@@ -88,7 +88,7 @@ def open_video(path: Path, fps: int) -> Iterator["VideoFile"]:
         # ffmpeg runs as a process of its own and reports an unwritable file late and at length; ask first.
         path.open("wb").close()
     writer = imageio.get_writer(
-        str(path), fps=fps, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="error"
+        str(path), fps=fps, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="quiet"
     )
     try:
         yield VideoFile(path, writer)
@@ -96,6 +96,24 @@ def open_video(path: Path, fps: int) -> Iterator["VideoFile"]:
         writer.close()
     if path.stat().st_size == 0:
         path.unlink()
+    elif not _is_whole_mp4(path):  # ffmpeg buffers, and nobody hears how it ended
+        raise RunFolderError(f"cannot write {path} (ffmpeg did not finish it): free some space, or check ffmpeg")
+
+
+def _is_whole_mp4(path: Path) -> bool:
+    """Whether a file ends where its last box does, and has the one that is written at the end (ISO/IEC 14496-12)."""
+    position, kinds, size = 0, [], path.stat().st_size
+    with path.open("rb") as file:
+        while position < size:
+            file.seek(position)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            length = int.from_bytes(head[8:16], "big") if length == 1 else length
+            if length < 8:
+                return False
+            kinds.append(head[4:8])
+            position += length
+    return position == size and b"moov" in kinds
 
 
 class VideoFile:
