@@ -22,7 +22,9 @@ def check_plan(plan: SplitPlan, problems: Problems) -> None:
         problems.add("poses", f"{where}: the cameras' mean direction is undefined; check the poses")
         return
     if np.abs(plan.cameras.c2w).max() > MAX_COORDINATE:
-        problems.add("poses", f"{where}: a camera is farther away than {MAX_COORDINATE:g} units; check poses and bounds")
+        problems.add(
+            "poses", f"{where}: a camera is farther away than {MAX_COORDINATE:g} units; check poses and bounds"
+        )
         return
     _check_mirrored(plan, where, problems)
     _check_intrinsics(plan, where, problems)

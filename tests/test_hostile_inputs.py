@@ -27,6 +27,7 @@ from utils.checkpoints import load_checkpoint
 from utils.curves import read_curves
 from utils.errors import CheckpointError, OptionError, RunFolderError, SceneError, UserError, printable
 from utils.files import parse_json
+from utils.pickle_depth import tuple_depth
 from utils.run_folder import read_json
 
 SECONDS = 5.0
@@ -314,6 +315,41 @@ def test_a_tensor_that_claims_more_elements_than_the_file_has_reserves_nothing(t
     else:
         path.write_bytes(forge(out.getvalue()))
     refused(path, "damaged")
+
+
+def doubled_tuples(levels: int) -> bytes:
+    """A pickle of a dictionary with a key whose hash takes 2^levels operations."""
+    pickle_ = b"\x80\x02}K\x00K\x01\x85q\x00s"
+    for level in range(levels):
+        here, next_ = bytes([level]), bytes([level + 1])
+        pickle_ += b"K" + next_ + b"h" + here + b"h" + here + b"\x86q" + next_ + b"s"
+    return pickle_ + b"h" + bytes([levels]) + b"K\x05s."
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_key_that_takes_forever_to_hash_is_refused(tmp_path, new_format):
+    path, evil = tmp_path / "slow.th", doubled_tuples(100)
+    if new_format:
+        rewritten(path, lambda name, content: (evil if name.endswith("data.pkl") else content, zipfile.ZIP_STORED))
+    else:
+        path.write_bytes(evil)
+    refused(path, "damaged")
+    assert pickle.loads(doubled_tuples(10))[10][0] == pickle.loads(doubled_tuples(10))[9]
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_the_depth_of_tuples_is_seen_without_unpickling(new_format):
+    deep = ((1, (2, (3,))), [(), {"a": (4,)}])
+    for protocol in range(2, 5):
+        assert tuple_depth(pickle.dumps(deep, protocol), 12) == 4
+    out = io.BytesIO()
+    torch.save(load_checkpoint(GOLDEN / "vm_mlpfea.th"), out, _use_new_zipfile_serialization=new_format)
+    if new_format:
+        with zipfile.ZipFile(out) as archive:
+            out = io.BytesIO(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))
+    out.seek(0)
+    depths = [tuple_depth(out, 12) for _ in range(1 if new_format else 5)]
+    assert 1 < max(depths) <= 4
 
 
 HOSTILE_STATES = {

@@ -15,11 +15,14 @@ import torch
 from utils.checkpoint_parts import fault_of_parts
 from utils.console import say
 from utils.errors import CheckpointError, DamagedCheckpointError
-from utils.files import is_regular
+from utils.files import is_regular, open_regular
+from utils.pickle_depth import tuple_depth
 from utils.run_folder import atomic_file, naming_os_errors
 from utils.shortage import is_shortage
 
 Loaded = TypeVar("Loaded")
+# torch's old format is that many pickles one after another; ours and TensoRF's hold tuples in tuples three deep.
+OLD_FORMAT_PICKLES, MAX_TUPLE_DEPTH = 5, 12
 CHECKPOINT_NAME = re.compile(r"ckpt_(\d+)\.th")
 
 
@@ -67,6 +70,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     if not is_regular(path):
         raise CheckpointError(f"{path}: no such checkpoint; check --ckpt")
     _check_sums(path)
+    _check_pickles(path)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's remark on old pickles; what follows says it all
@@ -106,6 +110,25 @@ def _check_sums(path: Path) -> None:
         # No zip file at all: TensoRF's older ones are plain pickles.
         if zipfile.is_zipfile(path):
             raise _damaged(path) from error
+
+
+def _check_pickles(path: Path) -> None:
+    """Raise DamagedCheckpointError if reading the file's pickles could take forever."""
+    try:
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+            else:
+                pickles = [file] * OLD_FORMAT_PICKLES
+            for number, content in enumerate(pickles):
+                if number == 0 and content is file:
+                    file.seek(0)
+                if tuple_depth(content, MAX_TUPLE_DEPTH) > MAX_TUPLE_DEPTH:
+                    raise _damaged(path)
+    except (ValueError, IndexError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile):
+        # Malformed, or no pickle: the reader proper says so.
+        return
 
 
 def _damaged(path: Path) -> DamagedCheckpointError:
