@@ -19,7 +19,9 @@ from models.kernels.compiled import libraries
 from models.kernels.compiled_lookups import CP_AXES, Factors, vm_order
 
 _UNIT = 32  # network.cpp's padding
-_BLOCK = 1 << 15  # samples whose d loss / d products is held at once, 4*P bytes each
+# Samples whose d loss / d products is held at once, 4*P bytes each, which should fit into a cache; parts of them whose
+# gradients of the weights are summed apart.
+_BLOCK, _SHARES = 1 << 13, 16
 
 
 class _Colours(ctypes.Structure):
@@ -127,18 +129,21 @@ class _Shaded(torch.autograd.Function):
             x.new_empty(n, 3) if need else None
             for x, need in zip((position, view), ctx.needs_input_grad[3:5], strict=True)
         )
-        sums = position.new_zeros(sum(map(math.prod, call.gradient_shapes)))
+        own = position.new_zeros(_SHARES, sum(map(math.prod, call.gradient_shapes)))
         blocks = max(-(-n // _BLOCK), 1)
         for first, end in ((n * block // blocks, n * (block + 1) // blocks) for block in range(blocks)):
             to_products = position.new_empty(end - first, call.products)
             libraries()["network"].colours_backward(
                 *(ctypes.byref(call.struct), ctypes.c_int64(first), ctypes.c_int64(end)),
-                *map(_at, (rgb, *kept, grad, to_products, to_view, sums)),
-                threads.count(),
+                *map(_at, (rgb, *kept, grad, to_products, to_view, own)),
+                *(ctypes.c_int64(_SHARES), threads.count()),
             )
             ours.scatter(position[first:end], to_products, fresh=first == 0)
             if to_position is not None:
                 to_position[first:end] = ours.positions(position[first:end], to_products)
+        sums = torch.empty_like(own[0])
+        sizes = (ctypes.c_int64(_SHARES), ctypes.c_int64(len(sums)))
+        libraries()["network"].sum_shares(_at(own), *sizes, _at(sums), threads.count())
         if to_view is not None:
             to_view = torch.zeros_like(view).index_add_(0, ray, to_view)
         return None, None, None, to_position, to_view, None, *call.gradients(sums, parameters), *gradients

@@ -32,7 +32,7 @@ constexpr int LANES = 16, ROWS = 8;  // of a block in registers: ROWS x 2 vector
 constexpr int LANES = 8, ROWS = 6;  // with fewer, every sum waits for its last addition
 #endif
 constexpr int64_t UNIT = 32, TILE = 64;  // samples at once
-constexpr int64_t SHARE = 1 << 10;       // samples whose gradients of the weights are one sum
+constexpr int64_t SHARE = 1 << 8;        // samples of a share of the forward pass
 constexpr float LARGEST_ANGLE = 8192;    // up to which the reduction below is exact enough
 
 typedef float V __attribute__((vector_size(4 * LANES)));
@@ -290,26 +290,28 @@ void colours_forward(const Colours* colours, int64_t n, float* rgb, float* input
     });
 }
 
-// Of samples begin..end-1: to_products [end - begin, P], to_view [K, 3] (which may be null), and adds to `sums` the
-// gradients of basis and network, as Gradients lays them out. Shares' sums are added in their order, whatever the number
-// of threads.
+// Of samples begin..end-1: to_products [end - begin, P], to_view [K, 3] (which may be null), and adds the gradients of
+// basis and network to `own` [shares, size], as Gradients lays them out. Each share of the samples has sums of its own:
+// they do not depend on the number of threads.
 void colours_backward(const Colours* colours, int64_t begin, int64_t end, const float* rgb, const float* inputs,
                       const float* first, const float* second, const float* to_rgb, float* to_products, float* to_view,
-                      float* sums, int32_t threads) {
+                      float* own, int64_t shares, int32_t threads) {
     std::vector<Tile> tiles(threads, Tile(*colours));
-    const int64_t shares = (end - begin + SHARE - 1) / SHARE;
-    const int64_t size = Gradients(tiles[0], sums).end - sums;
-    Floats own(shares * size);
+    const int64_t size = Gradients(tiles[0], own).end - own, n_tiles = (end - begin + TILE - 1) / TILE;
     share_out(shares, threads, [&](int64_t share, int32_t thread) {
         const FlushDenormals flush;
-        const int64_t from = begin + share * SHARE, to = std::min(from + SHARE, end);
-        std::fill_n(&own[share * size], size, 0.f);
-        const Gradients gradients(tiles[thread], &own[share * size]);
+        const int64_t from = begin + n_tiles * share / shares * TILE;
+        const int64_t to = std::min(begin + n_tiles * (share + 1) / shares * TILE, end);
         backward_share(tiles[thread], from, to, rgb, inputs, first, second, to_rgb,
-                       to_products + (from - begin) * tiles[0].P, to_view, gradients);
+                       to_products + (from - begin) * tiles[0].P, to_view, Gradients(tiles[thread], own + share * size));
     });
+}
+
+// sums [size] of own [shares, size].
+void sum_shares(const float* own, int64_t shares, int64_t size, float* sums, int32_t threads) {
     share_range(size, 1 << 12, threads, [&](int64_t low, int64_t high) {
-        for (int64_t share = 0; share < shares; ++share)
+        std::copy(own + low, own + high, sums + low);
+        for (int64_t share = 1; share < shares; ++share)
             for (int64_t i = low; i < high; ++i) sums[i] += own[share * size + i];
     });
 }
