@@ -580,9 +580,9 @@ class Trainer:
             raise self.not_finite(f"the loss became {value} at iteration {iteration}")
         if not self.stages.total("live_samples"):
             raise SceneError(
-                f"{self.scene.name}: no ray of the first {self.reported_iteration + len(read)} iterations met the box between near "
-                f"{self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then start "
-                "again with --overwrite"
+                f"{self.scene.name}: no ray of the first {self.reported_iteration + len(read)} iterations met the box "
+                f"between near {self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then "
+                "start again with --overwrite"
             )
         return read[:, 0].mean().item()
 

@@ -87,13 +87,21 @@ def test_a_view_does_not_depend_on_the_chunk(scene, chunk):
     assert (view.opacity[HEIGHT // 2 :] == 1).all()
 
 
+SHORTAGES = {
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "torch on a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "numpy": MemoryError("Unable to allocate 64.0 GiB for an array"),
+}
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
 @pytest.mark.parametrize("fits", [1, 30, 100])
-def test_where_memory_does_not_suffice_a_view_is_rendered_in_smaller_parts(scene, fits):
+def test_where_memory_does_not_suffice_a_view_is_rendered_in_smaller_parts(scene, fits, shortage):
     sizes = []
 
     def render(rays):
         if len(rays) > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise SHORTAGES[shortage]
         sizes.append(len(rays))
         return paint(rays)
 
@@ -108,6 +116,18 @@ def test_memory_that_holds_not_even_a_ray_ends_the_rendering(scene):
 
     with pytest.raises(torch.OutOfMemoryError):
         render_view(scene, render, scene.c2w[1], scene.intrinsics[1])
+
+
+def test_another_fault_is_no_reason_to_try_smaller_parts(scene):
+    tried = []
+
+    def render(rays):
+        tried.append(len(rays))
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        render_view(scene, render, scene.c2w[1], scene.intrinsics[1])
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(("free_gib", "rays"), [(0, 1024), (1, 4096), (4, 16384), (100, 65536)])

@@ -216,9 +216,9 @@ def test_an_empty_alpha_mask_says_what_to_change(refused):
 
 
 @pytest.mark.parametrize("masks", ["[]", "[2]"])
-def test_a_loss_that_becomes_nan_names_the_steps_or_the_mask_and_the_rates(refused, masks):
+def test_a_loss_that_becomes_nan_names_the_step_and_the_rates(refused, masks):
     options = ("--tag", "new", "--lr_init", "1e30", "--update_AlphaMask_list", masks)
-    what = "loss became nan between iterations 0 and 4" if masks == "[]" else "mask is empty, .* have become NaN"
+    what = r"loss became nan at iteration 2 \(nothing was saved before\)"
     refused("syn", *options, says=[what, "lower --lr_init", "--overwrite"])
     assert not list(Path("log").rglob("new/*/ckpt_*"))
 
@@ -256,7 +256,7 @@ def write_cp(path: Path) -> None:
 BAD_CHECKPOINTS = {
     write_plain_pickle: ["could run code; refused", "use a checkpoint of tensors"],
     write_checkpoint_with_code: ["could run code; refused", "use a checkpoint of tensors"],
-    write_truncated: ["is damaged or no checkpoint", "remove it, or use an older one"],
+    write_truncated: ["is damaged or no checkpoint", "remove it"],
     write_cp: ["another field", r"give --model_name TensorCP \(not TensorVMSplit\)", "another checkpoint"],
 }
 

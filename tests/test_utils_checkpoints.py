@@ -2,14 +2,15 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from utils.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from utils.errors import CheckpointError, RunFolderError
+from utils.checkpoints import latest_checkpoint, load_checkpoint, load_latest, prune_checkpoints, save_checkpoint
+from utils.errors import CheckpointError, DamagedCheckpointError, RunFolderError
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,6 +80,77 @@ def test_a_truncated_checkpoint_is_called_damaged(tmp_path, keep):
     path = tmp_path / "ckpt_5.th"
     path.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     assert "damaged" in refusal_of(path)
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    state = {"a": torch.randn(40, generator=generator), "b": {"c": torch.arange(9), "d": [1, 2.5, "x"]}}
+    path = tmp_path / "ckpt_5.th"
+    save_checkpoint(state, path)
+    whole, refused = path.read_bytes(), 0
+    for position in range(0, len(whole), 7):
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        path.write_bytes(content)
+        try:
+            loaded = load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            assert "is damaged" in str(error)  # noqa: PT017 - it may as well not be raised
+            refused += 1
+            continue
+        assert loaded.keys() == state.keys()
+        assert torch.equal(loaded["a"], state["a"])
+        assert torch.equal(loaded["b"].pop("c"), state["b"]["c"])
+        assert loaded["b"] == {"d": [1, 2.5, "x"]}
+    assert refused > 100
+
+
+def test_a_lack_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+    save_checkpoint({"a": 1}, tmp_path / "ckpt_5.th")
+
+    def load(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 100 bytes.")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        load_checkpoint(tmp_path / "ckpt_5.th")
+
+
+def test_a_file_that_unpacks_to_more_than_it_holds_is_not_unpacked(tmp_path):
+    path = tmp_path / "ckpt_5.th"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ckpt_5/data.pkl", bytes(10**8))
+    assert "damaged" in refusal_of(path)
+
+
+def latest(folder):
+    return load_latest(folder, lambda path: load_checkpoint(path)["step"])
+
+
+def test_the_latest_whole_checkpoint_is_loaded_and_damaged_ones_after_it_are_set_aside(tmp_path, capsys):
+    for step in (5, 10, 15, 20):
+        save_checkpoint({"step": step}, tmp_path / f"ckpt_{step}.th")
+    assert latest(tmp_path) == 20
+    for step in (5, 15, 20):  # the first is not looked at
+        (tmp_path / f"ckpt_{step}.th").write_bytes(b"")
+    assert latest(tmp_path) == 10
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("ckpt_5.th", "ckpt_10.th", "ckpt_15.th.damaged", "ckpt_20.th.damaged")
+    }
+    assert [line.split(" is damaged")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(tmp_path / "ckpt_20.th"),
+        str(tmp_path / "ckpt_15.th"),
+    ]
+    assert latest_checkpoint(tmp_path).name == "ckpt_10.th"
+
+
+def test_another_fault_of_the_latest_checkpoint_is_not_passed_over(tmp_path):
+    for step in (5, 10):
+        save_checkpoint({"step": step}, tmp_path / f"ckpt_{step}.th")
+    torch.save([1], tmp_path / "ckpt_10.th")
+    with pytest.raises(CheckpointError, match="no dictionary"):
+        latest(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt_5.th", "ckpt_10.th"}
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,8 +1,12 @@
+import subprocess
+import sys
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import ROOT
 from utils.errors import RunFolderError
 from utils.images import depth_range, depth_to_color, heat_map, save_png, save_video, side_by_side, to_uint8
 
@@ -37,6 +41,27 @@ def test_a_video_holds_every_frame_at_an_even_size(tmp_path, size):
     video = iio.imread(tmp_path / "video.mp4", plugin="FFMPEG")
     assert video.shape == (3, size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
     assert np.abs(video.mean((1, 2, 3)) - [20, 120, 220]).max() < 6
+
+
+@pytest.mark.parametrize("frames", [4, 400])
+def test_a_video_for_which_there_is_no_room_is_named(tmp_path, frames):
+    # Few frames fit into ffmpeg's buffers: only at its end it finds the disk full.
+    pytest.importorskip("resource")
+    program = (
+        "import resource, sys, numpy\n"
+        "from utils.errors import RunFolderError\n"
+        "from utils.images import save_video\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "noise = numpy.random.default_rng(0).random((64, 64, 3))\n"
+        "try:\n"
+        f"    save_video({str(tmp_path / 'video.mp4')!r}, [noise] * {frames})\n"
+        "except RunFolderError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"cannot write {tmp_path / 'video.mp4'} (")
 
 
 def test_a_video_without_frames_leaves_no_file(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import re
@@ -67,6 +68,40 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert prepare(tmp_path, overwrite=True, n_iters=200) == "new"
     assert {path.name for path in tmp_path.iterdir()} == {"args.json", "my_pictures", "notes.txt"}
     assert read_json(tmp_path / "args.json")["n_iters"] == 200
+
+
+def test_an_interrupted_overwrite_never_leaves_what_looks_finished(tmp_path, monkeypatch):
+    names = ("metrics.jsonl", "results.json", "ckpt_12.th", "ckpt_9.th.damaged", "views.npz", "overview.png")
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    for survive in range(9):
+        prepare(tmp_path, overwrite=True)
+        for name in names:
+            (tmp_path / name).write_text("")
+        (tmp_path / "imgs_vis").mkdir()
+        removed = []
+
+        def remove(original, path, *args, removed=removed, survive=survive, **kwargs):
+            if len(removed) == survive:
+                raise KeyboardInterrupt
+            removed.append(path)
+            original(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", lambda path, *a, **k: remove(unlink, path, *a, **k))
+            patch.setattr(shutil, "rmtree", lambda path: remove(rmtree, path))
+            with contextlib.suppress(KeyboardInterrupt):
+                prepare(tmp_path, overwrite=True, n_iters=200)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert ("results.json" in left) == (survive == 0)
+        assert "args.json" in left or left <= {"args.json"}
+        assert prepare(tmp_path, overwrite=True, n_iters=200) == "new"
+
+
+def test_what_a_killed_run_was_writing_goes_when_it_is_started_again(tmp_path):
+    prepare(tmp_path)
+    (tmp_path / ".ckpt_12.th.0123abcd.tmp").write_text("")
+    assert prepare(tmp_path) == "resume"
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 
 def test_overwrite_does_not_follow_a_link_out_of_the_folder(tmp_path):

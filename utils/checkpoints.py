@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and read without running any code they might hold."""
 
+import errno
 import pickle
 import re
 import warnings
@@ -104,10 +105,12 @@ def _check_sums(path: Path) -> None:
             fits = sum(part.file_size for part in parts) <= path.stat().st_size
             if not (plain and fits) or archive.testzip() is not None:
                 raise _damaged(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        # No zip file at all: TensoRF's older ones are plain pickles.
+    except (DamagedCheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is what a forged position leads to
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        # TensoRF's older files are plain pickles, no zip files.
         if zipfile.is_zipfile(path):
             raise _damaged(path) from error
 
@@ -157,7 +160,7 @@ def load_latest(folder: Path, load: Callable[[Path], Loaded]) -> Loaded:
         return loaded
     names = " and ".join(path.name for path in paths)
     raise DamagedCheckpointError(
-        f"{folder / names} is damaged or no checkpoint: restore it, or start the run afresh with --overwrite"
+        f"{folder / names} is damaged or no checkpoint, and none is left: restore it, or remove it to start anew"
     )
 
 
