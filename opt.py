@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def one_of(*names: str) -> Kind:
     return Kind("{" + ",".join(names) + "}", parse)
 
 
+def several_of(names: Sequence[str], example: str) -> Kind:
+    """Some of `names`, with commas, none of them twice."""
+
+    def parse(text: str) -> list[str]:
+        words = [one_of(*names).parse(word.strip()) for word in text.split(",")]
+        if len(set(words)) < len(words):
+            raise _refuse(f"'{_cut(text)}' names one of them twice; keep one")
+        return words
+
+    return Kind(example, parse)
+
+
 def matching(pattern: str, metavar: str, remedy: str) -> Kind:
     """Text that matches `pattern` as a whole; `remedy` says what may be written."""
 
@@ -142,6 +155,13 @@ def _parse_switch(text: str) -> int:
     return int(text)
 
 
+def _parse_shard(text: str) -> str:
+    parts = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not parts or int(parts[1]) >= int(parts[2]):
+        raise _refuse(f"'{_cut(text)}' is no part of a sweep; write i/n with i from 0 to n - 1, for example 0/4")
+    return text
+
+
 def _suggestion(word: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     return f": did you mean {' or '.join(close)}?" if close else ""
@@ -153,7 +173,10 @@ SWITCH = Kind("{0,1}", _parse_switch)
 PATH = matching(r"[^\x00-\x1f\x7f]{1,1000}", "PATH", "give a path")
 NAME = matching(r"(?!\.+$)[^/\\:\x00-\x1f\x7f]{1,80}", "NAME", "it names a folder: leave out / \\ and :, 80 characters")
 DEVICE = matching(r"auto|cpu|cuda(:\d+)?", "DEVICE", "write auto, cpu, cuda or cuda:N")
-DATASET = one_of("syn", "nsvf", "tt", "llff", "own_data", "demo")
+DATASETS = ("syn", "nsvf", "tt", "llff", "own_data", "demo")
+DATASET = one_of(*DATASETS)
+GPUS = matching(r"all|\d{1,4}(,\d{1,4}){0,99}", "all|0,1", "write all, or numbers with commas, for example 0,1")
+SHARD = Kind("i/n", _parse_shard)
 
 
 # --- the options -----------------------------------------------------------------------------------------------------
@@ -172,15 +195,6 @@ OPTIONS = {
         Option("config", PATH, [], "config file of `name = value` lines; repeatable, a later one wins"),
         Option("demo", FLAG, False, "train on the built-in demo scene, which needs no data (= --nerf_dataset demo)"),
         Option("seed", whole(0, 10**18 - 1), 20211202, "seed of every random choice of the run"),
-        Option("seeds", whole(1, 1000), 1, "how many runs: seed .. seed + N - 1"),
-        Option(
-            "strategies",
-            matching(r".{1,4000}", EXAMPLE, f"write for example {EXAMPLE}"),
-            None,
-            "several, one after another",
-        ),
-        Option("compare", FLAG, False, "train the strategies (default: all four), then write tables and figures"),
-        Option("multi_data", FLAG, False, "run every scene found of the data set"),
         Option("save_dir", PATH, "./log", "where runs are kept: save_dir/up_folder_name/dataset/scene/tag/seedN"),
         Option("up_folder_name", NAME, "runs", "folder below save_dir"),
         Option("tag", NAME, "", "name of the run's folder; default: the strategy, with _cp for TensorCP"),
@@ -188,6 +202,23 @@ OPTIONS = {
         Option("overwrite", FLAG, False, "start afresh where a run exists, instead of resuming it"),
         Option("debug", FLAG, False, "full tracebacks for every error, and torch's anomaly detection"),
         Option("device", DEVICE, "auto", "cpu, cuda, cuda:N; auto: CUDA where there is one"),
+    ),
+    "several runs": (
+        Option("seeds", whole(1, 1000), 1, "how many runs: seed .. seed + N - 1"),
+        Option(
+            "strategies",
+            matching(r".{1,4000}", EXAMPLE, f"write for example {EXAMPLE}"),
+            None,
+            "each of these by itself",
+        ),
+        Option("multi_data", FLAG, False, "run every scene found of the data set"),
+        Option("datasets", several_of(DATASETS, "syn,nsvf"), None, "run every scene found of these data sets"),
+        Option("compare", FLAG, False, "the strategies (default: all four), with tables and figures side by side"),
+        Option("dry_run", FLAG, False, "only say what would run, and what state each run is in"),
+        Option("retry_failed", FLAG, False, "start runs again that failed before"),
+        Option("shard", SHARD, None, "only part i of n of the runs, i = 0 .. n - 1"),
+        Option("gpus", GPUS, None, "one run at a time on each of these CUDA devices: all, or numbers with commas"),
+        Option("jobs", whole(1), 1, "runs at a time where gpus is not given"),
     ),
     "data": (
         Option("data_folder", PATH, "./data", "folder that holds nerf_synthetic, Synthetic_NSVF, ..."),
@@ -287,7 +318,8 @@ BY_NAME = {option.name: option for group in OPTIONS.values() for option in group
 
 # What may differ between a run and its resumption: where things lie, what is shown and how often; not the result.
 RUN_IDENTITY_EXEMPT = frozenset(
-    {option.name for option in (*OPTIONS["run"], *OPTIONS["evaluation and output"])} - {"seed", "ckpt"}
+    {option.name for group in ("run", "several runs", "evaluation and output") for option in OPTIONS[group]}
+    - {"seed", "ckpt"}
     | {"data_folder"}
 )
 
@@ -501,7 +533,7 @@ def _resolve(values: dict[str, Any]) -> None:
     values["demo"] = values["nerf_dataset"] == "demo"
     if values["demo"]:
         values["nerf_scene"] = _demo_scene(values)
-    elif values["multi_data"]:
+    elif values["multi_data"] or values["datasets"]:
         values["nerf_scene"] = None
     values["tag"] = values["tag"] or values["strategy"] + ("_cp" if cp else "")
     if values["downsample_test"] is None:
@@ -515,7 +547,8 @@ def _resolve(values: dict[str, Any]) -> None:
 # --- contradictions --------------------------------------------------------------------------------------------------
 def _check(values: dict[str, Any], sources: dict[str, str]) -> None:
     """Raise OptionError at the first pair of options that cannot go together."""
-    for name, remedy in (*_scene_faults(values, sources), *_field_faults(values), *_file_faults(values)):
+    faults = _scene_faults(values, sources), _field_faults(values), _file_faults(values), _sweep_faults(values, sources)
+    for name, remedy in chain(*faults):
         value = "" if values[name] is None else _cut(f" = {values[name]}".replace(", ", ","))
         raise OptionError(f"{sources[name]}: {name}{value}: {remedy}")
 
@@ -526,9 +559,10 @@ def _scene_faults(values: dict[str, Any], sources: dict[str, str]):
     if dataset == "demo":
         if scene not in (None, "shapes", _demo_scene(values)):
             yield "nerf_scene", "is no demo scene; delete it and size the demo's one scene with --demo_resolution"
-    elif values["multi_data"]:
+    elif values["multi_data"] or values["datasets"]:
         if scene and sources["nerf_scene"] == COMMAND_LINE:
-            yield "nerf_scene", "multi_data runs all scenes; give one of the two"
+            several = "datasets" if values["datasets"] else "multi_data"
+            yield "nerf_scene", f"{several} runs all scenes; give one of the two"
     elif not scene:
         example = EXAMPLE_SCENES[dataset]
         remedy = f"is missing; name it, for example --nerf_scene {example}, or give --multi_data for all of {dataset}"
@@ -576,11 +610,21 @@ def _file_faults(values: dict[str, Any]):
     exported = values["export_tensorf"]
     if exported is not None and (Path(exported).is_dir() or not Path(exported).absolute().parent.is_dir()):
         yield "export_tensorf", "is no file in a folder that exists; make the folder, or give another file"
-    several = "multi_data" if values["multi_data"] else "seeds" if values["seeds"] > 1 else None
-    several = "compare" if values["compare"] else "strategies" if values["strategies"] else several
+    several = next((name for name in ("compare", "strategies", "datasets", "multi_data") if values[name]), None)
+    several = several or ("seeds" if values["seeds"] > 1 else None)
     for name in ("ckpt", "export_tensorf"):
         if several and values[name] is not None:
             yield name, f"is one file, {several} makes several runs; give one of the two"
     asked = ("render_test", "render_train", "render_path", "export_mesh", "export_tensorf")
     if values["render_only"] and not any(values[name] for name in asked):
         yield "render_only", f"there is nothing to do; give one of {', '.join('--' + name for name in asked)}"
+
+
+def _sweep_faults(values: dict[str, Any], sources: dict[str, str]):
+    """Yield (option, remedy) for what several runs cannot share."""
+    if values["datasets"] and sources["nerf_dataset"] == COMMAND_LINE:
+        yield "nerf_dataset", "datasets names several ones; give one of the two"
+    if values["gpus"] and values["device"] != "auto":
+        yield "device", "gpus gives each run its device; give one of the two"
+    if values["gpus"] and values["jobs"] > 1:
+        yield "jobs", "with gpus there is one run at a time on each; give one of the two"

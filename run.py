@@ -8,20 +8,14 @@ python run.py --compare --seeds 3                   all four strategies, then ta
 python run.py --strategies full,expansive:es_ratio=0.5   strategies with settings of their own
 """
 
-import os
-import signal
 import sys
-import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 
-from opt import REPOSITORY, parse_options
-from utils.errors import OptionError, SceneError, UserError
+from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
+from utils.errors import OptionError, RunLockedError, RunsFailed, SceneError, UserError
 from utils.signals import PREEMPTED_EXIT_CODE, Preempted
 from utils.variants import Variant, parse_variants
 
@@ -31,7 +25,10 @@ EXPANSIVE_ONLY = frozenset(
     ["es_ratio", "es_beta_a", "es_search", "es_normalize", "lamda_a", "lamda_s", "a_s_add", "use_mse", "batch_size"]
 )
 # Whoever names one of these chooses the scene anew, and CONFIG stays out of it.
-CHOOSES_SCENE = ("--config", "--nerf_dataset", "--demo")
+CHOOSES_SCENE = ("--config", "--nerf_dataset", "--datasets", "--demo")
+# How a launcher starts a run in a process of its own; the name of the run follows, for who looks at the process.
+JOB_FLAG = "--job"
+JOB_COMMAND = (sys.executable, str(REPOSITORY / "run.py"), JOB_FLAG)
 
 
 def main() -> None:
@@ -41,6 +38,8 @@ def main() -> None:
     # run_soft_nerf(use_cuda=0)
     # run_expansive_nerf(use_cuda=0)
     # compare_strategies(use_cuda=0)
+    # run_all_scenes(use_cuda=0)
+    # run_everything(use_cuda=0)
 
 
 def run_standard_nerf(use_cuda: int = 0) -> None:
@@ -68,43 +67,108 @@ def compare_strategies(use_cuda: int = 0) -> None:
     run_experiment("full", use_cuda, "--compare")
 
 
-class RunsFailed(Exception):
-    """Some of several runs failed; the message lists them, a line each."""
+def run_all_scenes(use_cuda: int = 0) -> None:
+    """Every scene found of the data set with all four strategies."""
+    run_experiment("full", use_cuda, "--multi_data", "--strategies", STRATEGIES)
+
+
+def run_everything(use_cuda: int = 0) -> None:
+    """Every scene found of the published data sets, all four strategies, three seeds each: a week."""
+    run_experiment("full", use_cuda, "--config", "configs/cluster/week.txt")
 
 
 def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:
-    """Run one strategy, or those of `--strategies`, on every scene and seed of the command line, one after the other.
+    """Run one strategy, or those of `--strategies`, on every data set, scene and seed of the command line.
 
     use_cuda: index of the CUDA device that `--device auto` means, where there is CUDA. extra: arguments before the
-    user's. Raises UserError if nothing can be run, and what went wrong in a single run; of several runs the others
-    go on, and RunsFailed ends it.
+    user's. A single run is trained in this process, several in processes of their own. Raises UserError if nothing
+    can be run, and what went wrong in a single run; of several the others go on, and RunsFailed ends it.
     """
-    plan = planned_runs(compose(strategy, [*extra, *sys.argv[1:]]), use_cuda)
-    if plan and plan[0].check_only:
+    arguments = compose(strategy, [*extra, *sys.argv[1:]])
+    chosen = parse_options(arguments)
+    plan = planned_runs(arguments, use_cuda)
+    if chosen.check_only:
         return check_scenes(plan)
-    failures = []
-    for options in plan:
-        name = f"{options.nerf_scene}, {options.tag}, seed {options.seed}"
-        try:
-            run_one(options, isolated=options.compare)
-        except Exception as error:
-            if len(plan) == 1:
-                raise
-            failures.append(f"{name}: {str(error) or type(error).__name__}")
-            report(error, f"{name}: ", options.debug)
-    for scene in dict.fromkeys(options.nerf_scene for options in plan if options.compare):
-        tell_comparison(plan[0], scene)
+    if len(plan) == 1 and not any(getattr(chosen, name) for name in ("compare", "dry_run", "shard", "gpus")):
+        return run_one(plan[0])
+    return run_several(plan, chosen)
+
+
+def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
+    """The runs of a sweep that are not finished yet, or with --dry_run only its plan; then its tables.
+
+    chosen: the options of the command line, which say how the sweep is carried out.
+    """
+    from utils.jobs import plan_lines, plan_runs, shard_of
+
+    jobs = [job_of(options, chosen.retry_failed) for options in runs]
+    plan = plan_runs(shard_of(jobs, chosen.shard or "0/1"), RUN_IDENTITY_EXEMPT)
+    if chosen.dry_run:
+        print("\n".join(plan_lines(plan)))
+        return
+    from utils.reports import tell_comparison, update_tables
+    from utils.sweep import carry_out
+
+    fresh: set[tuple[str, str]] = set()
+
+    def update(job) -> None:
+        if not chosen.render_only:
+            fresh.add((job.options["nerf_dataset"], job.options["nerf_scene"]))
+            update_tables(job.options, chosen.compare)
+
+    failures = None
+    try:
+        carry_out(plan, make_launcher(chosen), update)
+    except RunsFailed as error:
+        failures = error
+    # What an earlier sweep finished may lack tables, or lie beside older ones.
+    scenes = {(job.options["nerf_dataset"], job.options["nerf_scene"]): job for job in jobs}
+    for scene, job in scenes.items():
+        if scene not in fresh:
+            update(job)
+        if chosen.compare:
+            tell_comparison(job.options)
     if failures:
-        raise RunsFailed("\n".join([f"{len(failures)} of {len(plan)} runs failed:", *failures]))
+        raise failures
+
+
+def job_of(options: Namespace, retry: bool = False):
+    """The job of a run; its options say nothing about the sweep that it belongs to."""
+    from utils.jobs import Job
+
+    own = resolved_dict(options) | {option.name: option.default for option in OPTIONS["several runs"]}
+    folder = run_folder_of(options)
+    return Job("/".join(folder.parts[-4:]), folder, own, retry)
+
+
+def make_launcher(chosen: Namespace):
+    """What carries out the runs of a sweep. Raises OptionError if the command line asks for what is not there."""
+    from utils.launchers import LocalLauncher, local_slots
+
+    n_devices = 0
+    if chosen.gpus:
+        import torch
+
+        n_devices = torch.cuda.device_count()
+    return LocalLauncher(JOB_COMMAND, local_slots(chosen.gpus, chosen.jobs, n_devices))
 
 
 def planned_runs(arguments: Sequence[str], use_cuda: int) -> list[Namespace]:
     """The options of every run that a command line asks for. Raises UserError for what can be known to be wrong."""
+    datasets = parse_options(arguments).datasets
+    if not datasets:
+        return dataset_runs(arguments, use_cuda)
+    one = ("--datasets", "None", "--multi_data", "--nerf_dataset")
+    return [options for name in datasets for options in dataset_runs([*arguments, *one, name], use_cuda)]
+
+
+def dataset_runs(arguments: Sequence[str], use_cuda: int) -> list[Namespace]:
+    """The same within one data set."""
     chosen = [parse_options(arguments)]
     if chosen[0].compare or chosen[0].strategies:
         chosen = [parse_options([*arguments, *more]) for more in variant_arguments(chosen[0], arguments)]
     for options in chosen:
-        options.device = choose_device(options.device, use_cuda)
+        options.device = "cuda:0" if options.gpus else choose_device(options.device, use_cuda)
     if not all(is_finished(options) for options in chosen):
         for options in chosen:
             check_ready(options)
@@ -140,12 +204,19 @@ def variant_arguments(options: Namespace, arguments: Sequence[str]) -> list[list
 
 def is_finished(options: Namespace) -> bool:
     """Whether all seeds of a scene are finished, so that nothing needs its data."""
+    if options.overwrite or options.render_only or options.multi_data:
+        return False
+    seeds = range(options.seed, options.seed + options.seeds)
+    runs = [Namespace(**vars(options) | {"nerf_scene": options.nerf_scene or "-", "seed": seed}) for seed in seeds]
+    return all((run_folder_of(run) / "results.json").exists() for run in runs)
+
+
+def run_folder_of(options: Namespace) -> Path:
+    """Where a run lies."""
     from utils.run_folder import run_folder
 
-    place = (options.save_dir, options.up_folder_name, options.nerf_dataset, options.nerf_scene or "-", options.tag)
-    seeds = range(options.seed, options.seed + options.seeds)
-    finished = all((run_folder(*place, seed) / "results.json").exists() for seed in seeds)
-    return finished and not (options.overwrite or options.render_only or options.multi_data)
+    o = options
+    return run_folder(o.save_dir, o.up_folder_name, o.nerf_dataset, o.nerf_scene, o.tag, o.seed)
 
 
 def compose(strategy: str, arguments: Sequence[str]) -> list[str]:
@@ -201,7 +272,7 @@ def check_scenes(plan: Sequence[Namespace]) -> None:
     faulty = set()
     for options in first_seed:
         scene = options.nerf_dataset, options.nerf_scene
-        told, problems = train.check_lines(options)
+        told, problems = train.check_lines(options, run_folder_of(options))
         lines[scene] |= dict.fromkeys(told)
         if problems:
             faulty.add(scene)
@@ -211,22 +282,15 @@ def check_scenes(plan: Sequence[Namespace]) -> None:
         raise SceneError(f"{len(faulty)} of {len(lines)} scenes have problems, see above")
 
 
-def run_one(options: Namespace, isolated: bool = False) -> None:
-    """Train one run, then bring the data set's tables, and the comparison if there is one, up to date.
+def run_one(options: Namespace) -> None:
+    """Train one run in this process, then bring the data set's tables up to date."""
+    from utils.jobs import clear_failure
+    from utils.reports import update_tables
 
-    isolated: in a process of its own; what one run leaves behind in a process would else be hidden in the peak
-    memory of the next.
-    """
-    (train_isolated if isolated else train_one)(options)
+    clear_failure(run_folder_of(options))
+    train_one(options)
     if not options.render_only:
-        from utils.tables import write_tables
-
-        folder = Path(options.save_dir) / options.up_folder_name / options.nerf_dataset
-        write_tables(folder)
-        if options.compare:
-            from utils.comparison import write_comparison
-
-            write_comparison(folder / options.nerf_scene)
+        update_tables(vars(options), compare=False)
 
 
 def train_one(options: Namespace) -> None:
@@ -237,45 +301,49 @@ def train_one(options: Namespace) -> None:
 
 
 def train_isolated(options: Namespace) -> None:
-    """The same in a process of its own; what it raises is raised."""
-    # spawn: a fork would inherit the parent's threads in whatever state they are.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-        pool.submit(train_one, options).result()
+    """The same in a process of its own. Raises RunsFailed if it fails."""
+    from utils.jobs import plan_runs
+    from utils.sweep import carry_out
+
+    plan = plan_runs([job_of(options, retry=True)], RUN_IDENTITY_EXEMPT)
+    carry_out(plan, make_launcher(options), lambda job: None)
 
 
-def end_with_parent() -> None:
-    """In a child process: end it when its parent is gone, killed perhaps; nobody else would."""
+def run_job() -> int:
+    """In a process that a launcher started: train the job that it hands over; returns the exit code."""
+    from utils.jobs import record_failure
+    from utils.processes import LOCKED_EXIT_CODE, receive_job
 
-    def watch() -> None:
-        wait([parent_process().sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+    job = receive_job()
 
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+    def experiment() -> None:
+        try:
+            train_one(Namespace(**job.options))
+        except RunLockedError as error:
+            report(error, job.options["debug"])
+            raise SystemExit(LOCKED_EXIT_CODE) from error
+        except Exception as error:
+            code = 2 if isinstance(error, UserError) else 1
+            record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
+            raise
+
+    return exit_code(experiment, job.options["debug"])
 
 
-def tell_comparison(options: Namespace, scene: str) -> None:
-    """Say where a scene's comparison lies."""
-    from utils.comparison import FOLDER
-
-    folder = Path(options.save_dir) / options.up_folder_name / options.nerf_dataset / scene / FOLDER
-    if folder.is_dir():
-        print(f"comparison: {folder} (overview.png, table.md, table.csv, figures)")
-
-
-def report(error: Exception, prefix: str, debug: bool) -> None:
+def report(error: Exception, debug: bool) -> None:
     """Tell of an error on stderr: one line if it is the user's to mend, with its traceback if it is a bug."""
     if debug or not isinstance(error, UserError):
         traceback.print_exception(error)
-    print(f"error: {prefix}{error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
 
 
-def exit_code(experiments: Callable[[], None]) -> int:
+def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int:
     """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 75 when asked to stop with all
-    work saved, 130 when interrupted."""
+    work saved, 130 when interrupted. debug: tracebacks; default: as the command line says."""
     try:
         experiments()
     except UserError as error:
-        report(error, "", "--debug" in sys.argv)
+        report(error, "--debug" in sys.argv if debug is None else debug)
         return 2
     except RunsFailed as error:
         print(error, file=sys.stderr)
@@ -290,4 +358,4 @@ def exit_code(experiments: Callable[[], None]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_job() if sys.argv[1:2] == [JOB_FLAG] else exit_code(main))

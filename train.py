@@ -73,22 +73,29 @@ def run_or_answer(options: Namespace, stop_after: float, started: float) -> dict
     """The same, where signals only ask to stop; started: perf_counter when the run began."""
     check_strategy(options.strategy)
     device = choose_device(options.device)
-    folder = run_folder_of(options)
+    folder = run_folder(
+        options.save_dir, options.up_folder_name, options.nerf_dataset, options.nerf_scene, options.tag, options.seed
+    )
     if options.render_only:
         return render_only(options, folder, device)
-    if (folder / "results.json").exists() and not options.overwrite:
-        # Before anything is loaded: a finished run answers at once, or refuses other settings.
-        prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), overwrite=False)
-        say(f"{folder}: this run is finished; --overwrite starts it afresh, --render_only 1 renders from it")
-        return read_json(folder / "results.json")
-    with run_lock(folder) as lock:
-        return train_in(folder, lock, options, device, stop_after, started)
+    results = finished_results(folder, options)
+    if results is None:
+        with run_lock(folder) as lock:
+            # Another process may have finished it just before the lock was ours.
+            results = finished_results(folder, options)
+            if results is None:
+                results = train_in(folder, lock, options, device, stop_after, started)
+    return results
 
 
-def run_folder_of(options: Namespace) -> Path:
-    """Where the run lies."""
-    o = options
-    return run_folder(o.save_dir, o.up_folder_name, o.nerf_dataset, o.nerf_scene, o.tag, o.seed)
+def finished_results(folder: Path, options: Namespace) -> dict | None:
+    """The results of a run that is finished and not to be overwritten. Raises RunFolderError for other settings."""
+    if options.overwrite or not (folder / "results.json").exists():
+        return None
+    # Before anything is loaded: a finished run answers at once, or refuses other settings.
+    prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), overwrite=False)
+    say(f"{folder}: this run is finished; --overwrite starts it afresh, --render_only 1 renders from it")
+    return read_json(folder / "results.json")
 
 
 def train_in(
@@ -154,13 +161,16 @@ def preflight(options: Namespace, folder: Path, device: torch.device) -> Inspect
     return found
 
 
-def check_lines(options: Namespace) -> tuple[list[str], bool]:
-    """(what `preflight` found, as lines for the user; whether it found problems), for --check_only."""
+def check_lines(options: Namespace, folder: Path) -> tuple[list[str], bool]:
+    """(what `preflight` found, as lines for the user; whether it found problems), for --check_only.
+
+    folder: where the run will lie.
+    """
     demo = options.nerf_dataset == "demo" and not scene_folder("demo", options.data_folder, options.nerf_scene).is_dir()
     if demo:
         return ["is drawn when it is first used"], False
     try:
-        found = preflight(options, run_folder_of(options), choose_device(options.device))
+        found = preflight(options, folder, choose_device(options.device))
     except UserError as error:
         return [f"problem: {error}"], True
     notes = [f"note: {line}" for line in found.problems.notes]

@@ -1,44 +1,156 @@
-"""Processes of their own: they end when the one that started them is gone."""
+"""Runs in processes of their own: how their end is understood, and how many there are at a time."""
 
-import os
+import itertools
+import json
 import signal
-import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
-from opt import REPOSITORY
+from utils.jobs import Job, Outcome, State, read_failure, record_failure
+from utils.launchers import LocalLauncher
+from utils.processes import RunProcess, start_run
 
-PARENT = """
-import os, time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from run import end_with_parent
-
-def nap():
-    print(os.getpid(), flush=True)
-    time.sleep(120)
-
-if __name__ == "__main__":
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-        pool.submit(nap).result()
-"""
 PATIENCE_SECONDS = 30
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
-def test_a_run_in_a_process_of_its_own_ends_when_its_parent_is_killed(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
-    child = psutil.Process(int(parent.stdout.readline()))
-    assert child.is_running()
-    parent.kill()
-    parent.wait()
+def job(folder, name="a", **options) -> Job:
+    return Job(name, folder / name, {"overwrite": False, "render_only": 0, **options})
+
+
+def python(code: str) -> list[str]:
+    """A program that stands for training; it gets the job's name as an argument."""
+    return [sys.executable, "-S", "-c", code]
+
+
+def end_of(process: RunProcess) -> Outcome:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    while (outcome := process.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "says"),
+    [
+        ("", State.FINISHED, ""),
+        ("import sys; sys.exit(75)", State.STARTED, "stopped before it began"),
+        ("import os; os.kill(os.getpid(), 15)", State.STARTED, "stopped before it began"),
+        ("import os; os.kill(os.getpid(), 9)", State.FAILED, "killed by signal 9 (the machine may be out of memory)"),
+        ("import sys; sys.exit(3)", State.FAILED, "ended with exit code 3; see"),
+    ],
+)
+def test_the_end_of_a_process_tells_how_its_run_stands(tmp_path, code, state, says):
+    one = job(tmp_path)
+    outcome = end_of(start_run(python(code), one, {}))
+    assert outcome.state is state
+    assert says in outcome.reason
+    assert read_failure(one.folder) == (outcome.reason if state is State.FAILED else "")
+
+
+def test_the_error_that_a_run_left_is_its_outcome_and_the_next_start_removes_it(tmp_path):
+    one = job(tmp_path)
+    code = "import os, sys; open(sys.argv[1] + '/failed.json', 'w').write('{\"error\": \"no images\"}'); sys.exit(2)"
+    process = start_run(python(code.replace("sys.argv[1]", repr(str(one.folder)))), one, {})
+    assert end_of(process) == Outcome(State.FAILED, "no images")
+    assert start_run(python(""), one, {}) == Outcome(State.FAILED, "no images")
+    again = Job(one.name, one.folder, one.options, retry=True)
+    assert end_of(start_run(python(""), again, {})).state is State.FINISHED
+    assert not (one.folder / "failed.json").exists()
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_started(tmp_path):
+    one = job(tmp_path)
+    one.folder.mkdir()
+    (one.folder / "results.json").write_text("{}")
+    assert start_run(python("raise SystemExit(1)"), one, {}) == Outcome(State.FINISHED)
+    assert not (one.folder / "run.log").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    outcome = start_run(python(""), job(tmp_path), {})
+    assert outcome.state is State.FAILED
+    assert "cannot write" in outcome.reason
+
+
+def test_output_is_appended_to_the_log_and_overwriting_starts_a_new_one(tmp_path):
+    for _ in range(2):
+        end_of(start_run(python("import sys; print('out'); print('err', file=sys.stderr)"), job(tmp_path), {}))
+    assert sorted((tmp_path / "a/run.log").read_text().split()) == ["err", "err", "out", "out"]
+    end_of(start_run(python("print('anew')"), job(tmp_path, overwrite=True), {}))
+    assert (tmp_path / "a/run.log").read_text() == "anew\n"
+
+
+def test_the_job_comes_as_a_line_and_the_stream_stays_open(tmp_path):
+    code = "import json, os, select, sys; print(json.loads(sys.stdin.readline())['name'], sys.argv[1], "
+    code += "os.environ['SLOT'], select.select([0], [], [], 0.3)[0])"
+    end_of(start_run(python(code), job(tmp_path), {"SLOT": "s"}))
+    assert (tmp_path / "a/run.log").read_text() == "a a s []\n"
+
+
+RECORDING = """
+import json, os, sys, time
+begin = time.monotonic()
+time.sleep(0.3)
+with open(sys.argv[1], "w") as file:
+    json.dump([os.environ["CUDA_VISIBLE_DEVICES"], begin, time.monotonic()], file)
+"""
+
+
+def test_there_is_one_run_at_a_time_on_every_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = [job(tmp_path / "runs", f"j{number}") for number in range(6)]
+    launcher = LocalLauncher(python(RECORDING), [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "7")])
+    events = list(launcher.run(jobs))
+    assert [e.job.name for e in events if e.job and not e.outcome] == [j.name for j in jobs]
+    assert {e.outcome for e in events if e.outcome} == {Outcome(State.FINISHED)}
+    records = [json.loads((tmp_path / j.name).read_text()) for j in jobs]
+    for gpu in ("4", "7"):
+        times = sorted((begin, end) for device, begin, end in records if device == gpu)
+        assert len(times) == 3
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(times))
+
+
+def test_a_stopped_launcher_passes_the_signal_on_and_starts_no_more(tmp_path):
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+    code += "print('ready', flush=True); signal.pause()"
+    jobs = [job(tmp_path, name) for name in ("a", "b", "c")]
+    launcher = LocalLauncher(python(code), [{}, {}])
+    ended = {}
+    for event in launcher.run(jobs):
+        logs = [j.folder / "run.log" for j in jobs[:2]]
+        if all(log.exists() and log.read_text() for log in logs) and not ended:
+            launcher.stop(signal.SIGTERM)
+        if event.outcome:
+            ended[event.job.name] = event.outcome.state
+    assert ended == {"a": State.STARTED, "b": State.STARTED}
+    assert not jobs[2].folder.exists()
+
+
+def test_runs_are_told_to_end_when_nobody_listens_to_their_launcher_any_more(tmp_path):
+    one = job(tmp_path)
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('asked'))); "
+    events = LocalLauncher(python(code + "print('ready', flush=True); signal.pause()"), [{}]).run([one])
+    while not (one.folder / "run.log").exists() or not (one.folder / "run.log").read_text():
+        next(events)
+    events.close()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while "asked" not in (one.folder / "run.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_failure_on_a_full_disk_is_still_told(tmp_path, monkeypatch):
+    import utils.processes
+    from utils.errors import RunFolderError
+
+    def full(*arguments):
+        raise RunFolderError("cannot write: no space")
+
+    monkeypatch.setattr(utils.processes, "record_failure", full)
+    outcome = end_of(start_run(python("raise SystemExit(3)"), job(tmp_path), {}))
+    assert outcome.reason.startswith("its process ended with exit code 3")
+    assert record_failure is not full

@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from types import ModuleType
 
 import pytest
 
 import run
-import utils.tables
+import utils.reports
 from opt import REPOSITORY
 from utils.errors import OptionError, SceneError
+from utils.jobs import Outcome, State
+from utils.launchers import Event
 
 EXPERIMENTS = {
     "full": run.run_standard_nerf,
@@ -19,9 +22,28 @@ EXPERIMENTS = {
 }
 
 
+class InThisProcess:
+    """A launcher that needs no processes; training must not tell the difference."""
+
+    def __init__(self, train):
+        self.train = train
+
+    def run(self, jobs):
+        for job in jobs:
+            yield Event(job)
+            try:
+                self.train(Namespace(**job.options))
+                yield Event(job, Outcome(State.FINISHED))
+            except Exception as error:
+                yield Event(job, Outcome(State.FAILED, str(error)))
+
+
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """Replaces training: collects the options of every run; `fail[scene]` is raised instead. Data folders exist."""
+    """Replaces training, of several runs too: collects the options of every run; `fail[scene]` is raised instead.
+
+    Data folders exist.
+    """
     import samplers
     from dataLoader import FORMATS
 
@@ -32,6 +54,7 @@ def trained(monkeypatch, tmp_path):
 
     def run_training(options):
         fake.runs.append(options)
+        run.run_folder_of(options).mkdir(parents=True)
         if options.nerf_scene in fake.fail:
             raise fake.fail[options.nerf_scene]
         return {"psnr": 30.0}
@@ -39,7 +62,8 @@ def trained(monkeypatch, tmp_path):
     fake.run = run_training
     monkeypatch.setitem(sys.modules, "train", fake)
     monkeypatch.setattr(samplers, "check_strategy", lambda name: None)
-    monkeypatch.setattr(utils.tables, "write_tables", lambda folder: fake.tables.append(folder.as_posix()))
+    monkeypatch.setattr(run, "make_launcher", lambda chosen: InThisProcess(run_training))
+    monkeypatch.setattr(utils.reports, "write_tables", lambda folder: fake.tables.append(folder.as_posix()))
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -128,15 +152,34 @@ def test_multi_data_runs_every_scene_with_every_seed(monkeypatch, trained, scene
     ]
 
 
-@pytest.mark.parametrize("error", [SceneError("drums has no images: add them"), ZeroDivisionError("a bug")])
-def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monkeypatch, trained, scenes, capsys, error):
-    trained.fail["drums"] = error
+def test_several_data_sets_bring_their_own_settings(monkeypatch, trained, scenes):
+    assert start(monkeypatch, "--datasets", "syn,llff", "--n_iters", "9") == 0
+    assert [(o.nerf_dataset, o.nerf_scene) for o in trained.runs] == [
+        *(("syn", name) for name in ("chair", "drums", "lego")),
+        *(("llff", name) for name in ("chair", "drums", "lego")),
+    ]
+    assert {(o.nerf_dataset, o.fea2denseAct, o.n_iters) for o in trained.runs} == {
+        ("syn", "softplus", 9),
+        ("llff", "relu", 9),
+    }
+    assert {*trained.tables} == {"log/runs/syn", "log/runs/llff"}
+
+
+def test_a_runs_options_say_nothing_about_the_sweep_it_belongs_to(monkeypatch, trained, scenes):
+    assert start(monkeypatch, "--multi_data", "--strategies", "egra,full", "--jobs", "2") == 0
+    alone = run.planned_runs(["--config", "configs/lego.txt", "--strategy", "egra"], 0)[0]
+    (lego,) = [o for o in trained.runs if (o.nerf_scene, o.strategy) == ("lego", "egra")]
+    assert vars(lego) | {"config": None} == vars(alone) | {"config": None}
+
+
+def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monkeypatch, trained, scenes, capsys):
+    trained.fail["drums"] = SceneError("drums has no images: add them")
     assert start(monkeypatch, "--multi_data", "--seed", "5") == 1
     assert [options.nerf_scene for options in trained.runs] == ["chair", "drums", "lego"]
-    assert len(trained.tables) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.endswith(f"1 of 3 runs failed:\ndrums, full, seed 5: {error}\n")
-    assert ("Traceback" in stderr) == isinstance(error, ZeroDivisionError)
+    assert trained.tables == ["log/runs/syn"] * 3
+    out, err = capsys.readouterr()
+    assert err.endswith("1 of 3 runs failed:\nsyn/drums/full/seed5: drums has no images: add them\n")
+    assert "2 of 3: syn/drums/full/seed5 failed: drums has no images" in out
 
 
 def test_the_demo_has_one_scene_even_with_multi_data(monkeypatch, trained, scenes):
@@ -170,9 +213,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch, trained):
         start(monkeypatch)
 
 
-def test_an_interrupt_ends_with_130_and_says_how_to_go_on(monkeypatch, trained, scenes, capsys):
-    trained.fail["chair"] = KeyboardInterrupt()
-    assert start(monkeypatch, "--multi_data") == 130
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(monkeypatch, trained, capsys):
+    trained.fail["lego"] = KeyboardInterrupt()
+    assert start(monkeypatch) == 130
     assert len(trained.runs) == 1
     assert "same command" in capsys.readouterr().err
 

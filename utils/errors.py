@@ -43,9 +43,17 @@ class RunFolderError(UserError):
     """The output folder cannot be written, or belongs to a run with other settings."""
 
 
+class RunLockedError(RunFolderError):
+    """Another process works in the run's folder."""
+
+
 class MemoryShortage(UserError):
     """The device has not the memory that the settings ask for."""
 
 
 class EmptyMaskError(UserError):
     """No grid point is dense enough for the alpha mask."""
+
+
+class RunsFailed(Exception):
+    """Some of several runs failed; the message lists them, a line each."""

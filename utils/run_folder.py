@@ -24,6 +24,8 @@ RUN_FILES = (
     "mesh.ply",
     "overview.png",
     "views.npz",
+    "run.log",
+    "failed.json",
     "args.json",
 )
 LEFTOVERS = ".*.tmp"  # what a killed run was writing
@@ -55,14 +57,25 @@ def prepare_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _remove_run(folder)
-        state = _state_of(folder)
-    if state != "new":
-        _refuse_other_settings(folder, read_json(folder / "args.json"), json_value(options), exempt)
+    state = check_run_folder(folder, options, exempt)
     if state != "finished":
         with naming_os_errors(folder):
             for path in folder.glob(LEFTOVERS):
                 path.unlink()
         write_json_atomic(folder / "args.json", options)
+    return state
+
+
+def check_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str]) -> str:
+    """What an earlier run left in a folder: 'new', 'resume' or 'finished'; changes nothing.
+
+    Raises RunFolderError if the settings differ, or args.json is damaged or missing beside a run's files.
+    """
+    folder = Path(folder)
+    with naming_os_errors(folder):
+        state = _state_of(folder)
+    if state != "new":
+        _refuse_other_settings(folder, read_json(folder / "args.json"), json_value(options), exempt)
     return state
 
 
@@ -105,7 +118,16 @@ def _remove_run(folder: Path) -> None:
             shutil.rmtree(path)
     for pattern in (LEFTOVERS, *RUN_FILES):
         for path in folder.glob(pattern):
-            path.unlink()
+            if not _is_own_output(path):
+                path.unlink()
+
+
+def _is_own_output(path: Path) -> bool:
+    """Whether this process' standard output goes to the file: then it is this run's, not an earlier one's."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # there may be no standard output at all
+        return False
 
 
 @contextmanager

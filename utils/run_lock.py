@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from utils.console import say
-from utils.errors import RunFolderError
+from utils.errors import RunLockedError
 from utils.run_folder import naming_os_errors
 
 LOCK_NAME = "run.lock"
@@ -50,7 +50,7 @@ _UNKNOWN = Owner("an unknown machine", "", 0, 0.0, "some moments ago", "unknown"
 def run_lock(folder: Path) -> Iterator["RunLock"]:
     """Make `folder` this process's own; both go away afterwards, the folder if nothing else came into it.
 
-    Raises RunFolderError if another process has it, naming that one, or if the folder cannot be written.
+    Raises RunLockedError if another process has it, naming that one, RunFolderError if the folder cannot be written.
     """
     with naming_os_errors(folder):
         made = _make_folders(folder)
@@ -71,16 +71,13 @@ class RunLock:
     """The lock of a run folder; see `run_lock`."""
 
     def __init__(self, folder: Path) -> None:
-        process = psutil.Process()
         self._path = folder / LOCK_NAME
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        token = secrets.token_hex(8)
-        self._me = Owner(socket.gethostname(), _machine(), process.pid, _start(process), since, token)
+        self._me = _myself()
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock, from an owner that is gone too. Raises RunFolderError."""
+        """Take the lock, from an owner that is gone too. Raises RunLockedError, RunFolderError."""
         mine = self._path.with_name(f".{LOCK_NAME}.{self._me.token}")
         gone: list[Owner] = []
         with naming_os_errors(self._path):
@@ -90,7 +87,7 @@ class RunLock:
             finally:
                 mine.unlink(missing_ok=True)
         if other is not None:
-            raise RunFolderError(
+            raise RunLockedError(
                 f"{self._path.parent} is in use by process {other.pid} on {other.host} since {other.since}: wait for "
                 f"it, or choose another --tag (a lock that nobody renews counts for {STALE_SECONDS / 60:.0f} minutes)"
             )
@@ -120,9 +117,9 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise RunFolderError if the lock was lost: to a process that had to believe this one gone."""
+        """Raise RunLockedError if the lock was lost: to a process that had to believe this one gone."""
         if not self._is_mine():
-            raise RunFolderError(
+            raise RunLockedError(
                 f"{self._path.parent} was taken over by another process, or its {LOCK_NAME} removed, while this one "
                 "stood still: look who trains there before starting again"
             )
@@ -138,6 +135,21 @@ class RunLock:
             with suppress(OSError):  # a network folder that is away for a moment
                 if self._is_mine():
                     os.utime(self._path)
+
+
+def holder(folder: Path) -> str:
+    """Who works in a run's folder at the moment, in words; "" if nobody does. Changes nothing."""
+    path = Path(folder) / LOCK_NAME
+    try:
+        owner, age = _read(path), time.time() - path.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    return "" if _is_gone(owner, _myself(), age) else f"process {owner.pid} on {owner.host} since {owner.since}"
+
+
+def _myself() -> Owner:
+    process, since = psutil.Process(), time.strftime("%Y-%m-%d %H:%M:%S")
+    return Owner(socket.gethostname(), _machine(), process.pid, _start(process), since, secrets.token_hex(8))
 
 
 def _take(path: Path, mine: Path, me: Owner, gone: list[Owner]) -> Owner | None:

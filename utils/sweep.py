@@ -1,0 +1,72 @@
+"""A sweep from its plan to its end: runs started, told of and counted; signals passed on."""
+
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+from utils.console import say
+from utils.errors import RunsFailed, UserError
+from utils.jobs import Job, Outcome, Planned, State
+from utils.launchers import Launcher
+from utils.overview import Overview
+from utils.signals import Preempted, stop_if_asked, stop_requests
+
+
+def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[Job], None]) -> None:
+    """Start what a plan wants to be started and wait for its end.
+
+    after_run: called after every run that ended here, to bring tables up to date; its UserErrors stop nothing.
+    Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
+    RunsFailed if runs have failed, now or before.
+    """
+    starting = [planned.job for planned in plan if planned.starts]
+    outcomes = {p.job.name: Outcome(p.state, p.reason) for p in plan}
+    waiting = {job.name for job in starting}
+    for planned in plan:
+        if not planned.starts and planned.state is not State.FINISHED:
+            say(f"{planned.job.name} is not started: {planned.state}: {planned.reason}")
+    with stop_requests():
+        overview = Overview(len(starting))
+        try:
+            with closing(launcher.run(starting)) as events:
+                asked = False
+                for event in events:
+                    if not asked:
+                        asked = _pass_on(launcher)
+                    overview.show(event)
+                    if event.job and event.outcome:
+                        waiting.discard(event.job.name)
+                        outcomes[event.job.name] = event.outcome
+                        _tolerantly(after_run, event.job)
+        finally:
+            overview.close()
+    stopped = waiting | {job.name for job in starting if outcomes[job.name].state is State.STARTED}
+    counts = Counter(outcome.state for outcome in outcomes.values())
+    say(f"{len(plan)} runs: {', '.join(f'{counts[state]} {state}' for state in State if counts[state])}")
+    failed = [n for n, outcome in outcomes.items() if outcome.state in (State.FAILED, State.REFUSED)]
+    told = [f"{len(failed)} of {len(plan)} runs failed:", *(f"{name}: {outcomes[name].reason}" for name in failed)]
+    if stopped:
+        lines = [f"stopped with {len(stopped)} of {len(plan)} runs to go; the same command again goes on"]
+        raise Preempted("\n".join((told if failed else []) + lines))
+    if failed:
+        raise RunsFailed("\n".join(told))
+
+
+def _pass_on(launcher: Launcher) -> bool:
+    """Ask the runs to stop if this process was asked to; whether it was."""
+    try:
+        stop_if_asked()
+    except Preempted as stop:
+        say(f"{str(stop).partition(';')[0]}: the runs save a checkpoint and end")
+        launcher.stop(signal.SIGTERM)
+        return True
+    return False
+
+
+def _tolerantly(after_run: Callable[[Job], None], job: Job) -> None:
+    try:
+        after_run(job)
+    except UserError as error:
+        sys.stderr.write(f"error: {job.name}: {error}\n")
