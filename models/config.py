@@ -1,6 +1,5 @@
 """What a field is made of, as plain values that a checkpoint can hold."""
 
-import math
 from dataclasses import asdict, dataclass
 
 CHOICES = {
@@ -9,7 +8,8 @@ CHOICES = {
     "density_activation": ("softplus", "relu"),
     "mlp_dtype": ("float32", "bfloat16"),
 }
-MAX_COUNT, MAX_FREQUENCIES = 100_000, 32
+# The last two keep what is computed from them within float32.
+MAX_COUNT, MAX_FREQUENCIES, MAX_DISTANCE, MAX_NUMBER = 100_000, 32, 1e9, 1e30
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class FieldConfig:
         for name in ("density_shift", "distance_scale", "weight_threshold", "alpha_threshold", "near", "far"):
             _require(name, _number(getattr(self, name)))
         _require("step_ratio", _number(self.step_ratio) and 1e-3 <= self.step_ratio <= 1e3)
-        _require("near, far", 0 <= self.near < self.far)
+        _require("near, far", 0 <= self.near < self.far <= MAX_DISTANCE)
         _require("ndc", isinstance(self.ndc, bool))
         for name in ("model_name", "shading", "density_activation", "mlp_dtype"):
             _require(name, getattr(self, name) in CHOICES[name])
@@ -85,4 +85,4 @@ def _whole(value: object, minimum: int) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER

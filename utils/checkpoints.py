@@ -117,7 +117,8 @@ def _check_sums(path: Path) -> None:
 def _check_pickles(path: Path) -> None:
     """Raise DamagedCheckpointError if reading the file's pickles could take forever."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in old text
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
                     pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
