@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-ray gpu-check clean
+.PHONY: demo test test-ray fuzz gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python run.py --demo --compare
@@ -16,6 +16,11 @@ test: $(VENV)/ready
 # Minutes: a sweep of 16 runs on a local Ray cluster that loses a node, beside the same sweep in one process.
 test-ray: $(VENV)/ready
 	RAY_SWEEP=1 $(BIN)/python -m pytest tests/test_ray.py
+
+# Ten thousand damaged scenes, config files, checkpoints and results, each of which must be read or refused in words.
+# Writes benchmarks/results/fuzz.json; FUZZ="--seed 2 --count 1000" tries others.
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_inputs $(FUZZ)
 
 # On a CUDA machine, in under 10 minutes: the tests marked cuda, kernels and a step timed beside their twins, and as much
 # of a full lego training as fits. Writes benchmarks/results/gpu_check.json. GPU_PYTHON=... uses a Python that has torch

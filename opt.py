@@ -19,10 +19,13 @@ from typing import Any
 import configargparse
 
 from utils.errors import OptionError
+from utils.files import is_regular, read_bounded, reason
 from utils.variants import EXAMPLE
 
 REPOSITORY = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"
+# Characters of a value that a message shows, items of a list, bytes of a config file: far more than any real one has.
+MAX_SHOWN, MAX_ITEMS, MAX_FILE_BYTES = 80, 1000, 2**16
 EXAMPLE_SCENES = {"syn": "lego", "nsvf": "Wineholder", "tt": "Truck", "llff": "flower", "own_data": "my_scene"}
 
 
@@ -39,12 +42,20 @@ def _refuse(message: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(message)
 
 
-def whole(minimum: int) -> Kind:
-    """A whole number not below `minimum`."""
+def _cut(text: str) -> str:
+    """A value for a message: not more than its beginning."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
+
+
+def whole(minimum: int, maximum: int = 10**9) -> Kind:
+    """A whole number from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d+", text.strip()):
-            raise _refuse(f"'{text}' is not a whole number; write digits only, for example 30000")
+            raise _refuse(f"'{_cut(text)}' is not a whole number; write digits only, for example 30000")
+        # Python converts no more than some thousand digits.
+        if len(text) > 100 or int(text) > maximum:
+            raise _refuse(f"{_cut(text)} is out of range; give {maximum} or less")
         if int(text) < minimum:
             raise _refuse(f"{text} is too small; give {minimum} or more")
         return int(text)
@@ -52,19 +63,20 @@ def whole(minimum: int) -> Kind:
     return Kind("N", parse)
 
 
-def number(minimum: float = -math.inf, above: float = -math.inf) -> Kind:
-    """A finite number, `minimum` or more and greater than `above`."""
+def number(minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf) -> Kind:
+    """A finite number, `minimum` or more, greater than `above`, `maximum` or less."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            raise _refuse(f"'{text}' is not a number; write for example 0.02 or 1e-4") from None
-        if not math.isfinite(value) or value < minimum or value <= above:
+            raise _refuse(f"'{_cut(text)}' is not a number; write for example 0.02 or 1e-4") from None
+        if not math.isfinite(value) or value < minimum or value <= above or value > maximum:
             bound = (
                 f" above {above:g}" if above > -math.inf else f", {minimum:g} or more" if minimum > -math.inf else ""
             )
-            raise _refuse(f"{text} is out of range; give a finite number{bound}")
+            bound += f", {maximum:g} or less" if maximum < math.inf else ""
+            raise _refuse(f"{_cut(text)} is out of range; give a finite number{bound}")
         return value
 
     return Kind("X", parse)
@@ -88,8 +100,10 @@ def list_of(item: Kind, example: str) -> Kind:
     def parse(text: str) -> list:
         inside = re.fullmatch(r"\[(.*)\]", text.strip())
         if not inside:
-            raise _refuse(f"'{text}' is not a list; write it in brackets with commas, for example {example}")
+            raise _refuse(f"'{_cut(text)}' is not a list; write it in brackets with commas, for example {example}")
         parts = inside.group(1).split(",")
+        if len(parts) > MAX_ITEMS:
+            raise _refuse(f"{_cut(text)} has {len(parts)} numbers; give {MAX_ITEMS} at most")
         return [item.parse(part.strip()) for part in parts] if inside.group(1).strip() else []
 
     return Kind(example, parse)
@@ -100,7 +114,7 @@ def one_of(*names: str) -> Kind:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise _refuse(f"'{text}' is not one of {', '.join(names)}{_suggestion(text, names)}")
+            raise _refuse(f"'{_cut(text)}' is not one of {', '.join(names)}{_suggestion(text, names)}")
         return text
 
     return Kind("{" + ",".join(names) + "}", parse)
@@ -112,7 +126,7 @@ def several_of(names: Sequence[str], example: str) -> Kind:
     def parse(text: str) -> list[str]:
         words = [one_of(*names).parse(word.strip()) for word in text.split(",")]
         if len(set(words)) < len(words):
-            raise _refuse(f"'{text}' names one of them twice; keep one")
+            raise _refuse(f"'{_cut(text)}' names one of them twice; keep one")
         return words
 
     return Kind(example, parse)
@@ -123,7 +137,7 @@ def matching(pattern: str, metavar: str, remedy: str) -> Kind:
 
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise _refuse(f"'{text}' cannot be used; {remedy}")
+            raise _refuse(f"'{_cut(text)}' cannot be used; {remedy}")
         return text
 
     return Kind(metavar, parse)
@@ -131,20 +145,20 @@ def matching(pattern: str, metavar: str, remedy: str) -> Kind:
 
 def _parse_flag(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
-        raise _refuse(f"'{text}' is not true or false; the option is a flag")
+        raise _refuse(f"'{_cut(text)}' is not true or false; the option is a flag")
     return text.lower() in ("true", "1")
 
 
 def _parse_switch(text: str) -> int:
     if text not in ("0", "1"):
-        raise _refuse(f"'{text}' is not 0 or 1")
+        raise _refuse(f"'{_cut(text)}' is not 0 or 1")
     return int(text)
 
 
 def _parse_shard(text: str) -> str:
-    parts = re.fullmatch(r"(\d+)/(\d+)", text)
+    parts = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not parts or int(parts[1]) >= int(parts[2]):
-        raise _refuse(f"'{text}' is no part of a sweep; write i/n with i from 0 to n - 1, for example 0/4")
+        raise _refuse(f"'{_cut(text)}' is no part of a sweep; write i/n with i from 0 to n - 1, for example 0/4")
     return text
 
 
@@ -155,12 +169,13 @@ def _suggestion(word: str, names: Sequence[str]) -> str:
 
 FLAG = Kind("true", _parse_flag)
 SWITCH = Kind("{0,1}", _parse_switch)
-PATH = matching(r".+", "PATH", "give a path")
-NAME = matching(r"(?!\.+$)[^/\\:]+", "NAME", "it names a folder: leave out / \\ and :")
+# No control characters, which no name of ours has and some of which no file can have; no longer than systems permit.
+PATH = matching(r"[^\x00-\x1f\x7f]{1,1000}", "PATH", "give a path")
+NAME = matching(r"(?!\.+$)[^/\\:\x00-\x1f\x7f]{1,80}", "NAME", "it names a folder: leave out / \\ and :, 80 characters")
 DEVICE = matching(r"auto|cpu|cuda(:\d+)?", "DEVICE", "write auto, cpu, cuda or cuda:N")
 DATASETS = ("syn", "nsvf", "tt", "llff", "own_data", "demo")
 DATASET = one_of(*DATASETS)
-GPUS = matching(r"all|\d+(,\d+)*", "all|0,1", "write all, or numbers with commas, for example 0,1")
+GPUS = matching(r"all|\d{1,4}(,\d{1,4}){0,99}", "all|0,1", "write all, or numbers with commas, for example 0,1")
 SHARD = Kind("i/n", _parse_shard)
 
 
@@ -179,17 +194,23 @@ OPTIONS = {
     "run": (
         Option("config", PATH, [], "config file of `name = value` lines; repeatable, a later one wins"),
         Option("demo", FLAG, False, "train on the built-in demo scene, which needs no data (= --nerf_dataset demo)"),
-        Option("seed", whole(0), 20211202, "seed of every random choice of the run"),
+        Option("seed", whole(0, 10**18 - 1), 20211202, "seed of every random choice of the run"),
         Option("save_dir", PATH, "./log", "where runs are kept: save_dir/up_folder_name/dataset/scene/tag/seedN"),
         Option("up_folder_name", NAME, "runs", "folder below save_dir"),
         Option("tag", NAME, "", "name of the run's folder; default: the strategy, with _cp for TensorCP"),
+        Option("check_only", FLAG, False, "only look at scenes, options and the machine, and say all that is wrong"),
         Option("overwrite", FLAG, False, "start afresh where a run exists, instead of resuming it"),
         Option("debug", FLAG, False, "full tracebacks for every error, and torch's anomaly detection"),
         Option("device", DEVICE, "auto", "cpu, cuda, cuda:N; auto: CUDA where there is one"),
     ),
     "several runs": (
-        Option("seeds", whole(1), 1, "how many runs: seed .. seed + N - 1"),
-        Option("strategies", matching(r".+", EXAMPLE, f"write for example {EXAMPLE}"), None, "each of these by itself"),
+        Option("seeds", whole(1, 1000), 1, "how many runs: seed .. seed + N - 1"),
+        Option(
+            "strategies",
+            matching(r".{1,4000}", EXAMPLE, f"write for example {EXAMPLE}"),
+            None,
+            "each of these by itself",
+        ),
         Option("multi_data", FLAG, False, "run every scene found of the data set"),
         Option("datasets", several_of(DATASETS, "syn,nsvf"), None, "run every scene found of these data sets"),
         Option("compare", FLAG, False, "the strategies (default: all four), with tables and figures side by side"),
@@ -204,8 +225,13 @@ OPTIONS = {
         Option("data_folder", PATH, "./data", "folder that holds nerf_synthetic, Synthetic_NSVF, ..."),
         Option("nerf_dataset", DATASET, "syn", "format of the data set"),
         Option("nerf_scene", NAME, None, "the scene's folder in the data set, for example lego"),
-        Option("downsample_train", number(1), 1.0, "shrink training images by this factor, intrinsics with them"),
-        Option("downsample_test", number(1), None, "the same for test images; default: downsample_train"),
+        Option(
+            "downsample_train",
+            number(1, maximum=1e4),
+            1.0,
+            "shrink training images by this factor, intrinsics with them",
+        ),
+        Option("downsample_test", number(1, maximum=1e4), None, "the same for test images; default: downsample_train"),
         Option("scene_bbox", list_of(number(), "[-1,-1,-1,1,1,1]"), None, "box [x0,y0,z0,x1,y1,z1] in world units"),
         Option("skip_missing_frames", FLAG, False, "train on the images that exist, instead of refusing the scene"),
         Option("filter_rays", SWITCH, 0, "1: drop rays that miss the box, and later the alpha mask (TensoRF)"),
@@ -233,24 +259,33 @@ OPTIONS = {
     "field": (
         Option("nerf_backbone", one_of("tensorf"), "tensorf", "kind of field"),
         Option("model_name", one_of("TensorVMSplit", "TensorCP"), "TensorVMSplit", "decomposition of the grids"),
-        Option("n_lamb_sigma", list_of(whole(1), "[16,16,16]"), [16, 16, 16], "density components a mode; CP: [96]"),
-        Option("n_lamb_sh", list_of(whole(1), "[48,48,48]"), [48, 48, 48], "appearance components a mode; CP: [288]"),
-        Option("data_dim_color", whole(1), 27, "length of the appearance feature"),
+        Option(
+            "n_lamb_sigma", list_of(whole(1, 10**5), "[16,16,16]"), [16, 16, 16], "density components a mode; CP: [96]"
+        ),
+        Option(
+            "n_lamb_sh", list_of(whole(1, 10**5), "[48,48,48]"), [48, 48, 48], "appearance components a mode; CP: [288]"
+        ),
+        Option("data_dim_color", whole(1, 10**5), 27, "length of the appearance feature"),
         Option("mlp_dtype", one_of("float32", "bfloat16"), "float32", "precision of the colour network's products"),
         Option("fea2denseAct", one_of("softplus", "relu"), "softplus", "density feature to density"),
-        Option("density_shift", number(), -10.0, "added to the density feature before softplus"),
-        Option("distance_scale", number(above=0), 25.0, "factor on sample distances in alpha = 1 - exp(-sigma d)"),
+        Option("density_shift", number(-1e30, maximum=1e30), -10.0, "added to the density feature before softplus"),
+        Option(
+            "distance_scale",
+            number(above=0, maximum=1e30),
+            25.0,
+            "factor on sample distances in alpha = 1 - exp(-sigma d)",
+        ),
         Option("shadingMode", one_of("MLP_Fea", "MLP", "MLP_PE", "SH", "RGB"), "MLP_Fea", "feature to colour"),
-        Option("pos_pe", whole(0), 6, "frequencies of the position's encoding (MLP_PE)"),
-        Option("view_pe", whole(0), 6, "frequencies of the view direction's encoding"),
-        Option("fea_pe", whole(0), 6, "frequencies of the features' encoding (MLP_Fea)"),
-        Option("featureC", whole(1), 128, "width of the shading network"),
-        Option("rm_weight_mask_thre", number(0), 1e-4, "samples of less weight get no colour"),
-        Option("alpha_mask_thre", number(0), 1e-4, "grid points of less alpha are masked away"),
+        Option("pos_pe", whole(0, 32), 6, "frequencies of the position's encoding (MLP_PE)"),
+        Option("view_pe", whole(0, 32), 6, "frequencies of the view direction's encoding"),
+        Option("fea_pe", whole(0, 32), 6, "frequencies of the features' encoding (MLP_Fea)"),
+        Option("featureC", whole(1, 10**5), 128, "width of the shading network"),
+        Option("rm_weight_mask_thre", number(0, maximum=1e30), 1e-4, "samples of less weight get no colour"),
+        Option("alpha_mask_thre", number(0, maximum=1e30), 1e-4, "grid points of less alpha are masked away"),
         Option("nSamples", whole(1), 1000000, "most samples a ray"),
-        Option("step_ratio", number(above=0), 0.5, "sample distance in grid cells"),
-        Option("N_voxel_init", whole(8), 2097156, "voxels of the first grid"),
-        Option("N_voxel_final", whole(8), 27000000, "voxels after the last upsampling"),
+        Option("step_ratio", number(above=0, maximum=1e3), 0.5, "sample distance in grid cells"),
+        Option("N_voxel_init", whole(8, 10**12), 2097156, "voxels of the first grid"),
+        Option("N_voxel_final", whole(8, 10**12), 27000000, "voxels after the last upsampling"),
         Option("upsamp_list", list_of(whole(0), "[2000,3000]"), [2000, 3000, 4000, 5500, 7000], "when the grid grows"),
         Option("update_AlphaMask_list", list_of(whole(0), "[2000,4000]"), [2000, 4000], "when the mask is made"),
         Option("ndc_ray", SWITCH, None, "rays in NDC; default: as the data set, which is 1 for llff only"),
@@ -315,10 +350,17 @@ class _ConfigFile(configargparse.ConfigFileParser):
                 continue
             match = re.fullmatch(r"([A-Za-z]\w*)\s*=\s*(.+)", line)
             if not match:
-                raise configargparse.ConfigFileParserException(f"line {line_number}, '{line}': write name = value")
+                raise configargparse.ConfigFileParserException(
+                    f"line {line_number}, '{_cut(line)}': write name = value"
+                )
+            if match[1] in ("h", "help"):
+                raise configargparse.ConfigFileParserException(
+                    f"line {line_number}: {match[1]} belongs on the command line"
+                )
             if match[1] in items:
                 raise configargparse.ConfigFileParserException(
-                    f"{match[1]} is given twice, again in line {line_number}: keep one (lists are written [16,16,16])"
+                    f"{_cut(match[1])} is given twice, again in line {line_number}: keep one "
+                    "(lists are written [16,16,16])"
                 )
             items[match[1]] = match[2]
         return items
@@ -379,15 +421,15 @@ def _read_command_line(parser: _Parser, argv: Sequence[str]) -> _Layer:
 
 def _read_file(parser: _Parser, name: str, folders: Sequence[Path] = (Path(), REPOSITORY)) -> _Layer:
     """The layer of a config file; a relative name counts from the working folder, then from the repository."""
-    path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    path = next((folder / name for folder in folders if is_regular(folder / name)), None)
     if path is None:
         known = sorted(p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "configs").rglob("*.txt"))
         hint = _suggestion(name, known) or ": give a file, for example configs/lego.txt"
         raise OptionError(f"--config {name}: there is no such file{hint}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{name}: cannot be read as a text file ({error}); write it anew in UTF-8") from error
+        raise OptionError(f"{name}: cannot be read as a text file ({reason(error)}); write it anew in UTF-8") from error
     parser.source = name
     found, unknown = parser.parse_known_args([], config_file_contents=text, env_vars={})
     _refuse_unknown(unknown, name)
@@ -401,22 +443,28 @@ def _join_lists(argv: Sequence[str]) -> list[str]:
     """Put together lists that the shell took apart at their blanks: `[16,` `16,` `16]`."""
     words: list[str] = []
     for word in argv:
-        if words and re.search(r"(^|=)\[[^\]]*$", words[-1]) and not word.startswith("--"):
+        if words and _opens_list(words[-1]) and not word.startswith("--"):
             words[-1] += f" {word}"
         else:
             words.append(word)
     return words
 
 
+def _opens_list(word: str) -> bool:
+    """Whether a list begins in the word, at its start or after =, and does not end there."""
+    tail = word[word.rfind("]") + 1 :]
+    return "=[" in tail or (tail == word and word.startswith("["))
+
+
 def _refuse_unknown(words: Sequence[str], source: str) -> None:
     if not words:
         return
     if not words[0].startswith("-"):
-        raise OptionError(f"{source}: '{words[0]}' belongs to no option; write --name value")
+        raise OptionError(f"{source}: '{_cut(words[0])}' belongs to no option; write --name value")
     name, _, value = words[0].lstrip("-").partition("=")
     if not value and len(words) > 1:
         value = words[1]
-    raise OptionError(f"{source}: {name}: {_unknown_remedy(name, value)}")
+    raise OptionError(f"{source}: {_cut(name)}: {_unknown_remedy(_cut(name), _cut(value))}")
 
 
 def _unknown_remedy(name: str, value: str) -> str:
@@ -507,7 +555,7 @@ def _check(values: dict[str, Any], sources: dict[str, str]) -> None:
     """Raise OptionError at the first pair of options that cannot go together."""
     faults = _scene_faults(values, sources), _field_faults(values), _file_faults(values), _sweep_faults(values, sources)
     for name, remedy in chain(*faults):
-        value = "" if values[name] is None else f" = {values[name]}".replace(", ", ",")
+        value = "" if values[name] is None else _cut(f" = {values[name]}".replace(", ", ","))
         raise OptionError(f"{sources[name]}: {name}{value}: {remedy}")
 
 
@@ -553,13 +601,15 @@ def _field_faults(values: dict[str, Any]):
     anchors, sources = (values["es_beta_a"] > 0, "lamda_a"), (values["es_beta_a"] < 1, "lamda_s")
     if not values["use_mse"] and not any(drawn and values[weight] > 0 for drawn, weight in (anchors, sources)):
         yield "lamda_s", "with this lamda_a and es_beta_a leaves no loss; give what is drawn a weight"
+    if values["step_ratio"] < 1e-3:
+        yield "step_ratio", "makes more samples than can be stored; give 0.001 or more"
     if values["lr_decay_iters"] == 0:
         yield "lr_decay_iters", "give -1 (all of n_iters) or a positive number of steps"
 
 
 def _file_faults(values: dict[str, Any]):
     """Yield (option, remedy) for files that are not there or would be shared by several runs."""
-    if values["ckpt"] is not None and not Path(values["ckpt"]).is_file():
+    if values["ckpt"] is not None and not is_regular(Path(values["ckpt"])):
         yield "ckpt", "there is no such file; checkpoints lie in the run's folder as ckpt_{iteration}.th"
     if values["lpips_weights"] is not None and not Path(values["lpips_weights"]).is_dir():
         yield "lpips_weights", "there is no such folder; give the one that holds the backbones' .pth files"

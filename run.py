@@ -87,11 +87,12 @@ def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:
     arguments = compose(strategy, [*extra, *sys.argv[1:]])
     chosen = parse_options(arguments)
     plan = planned_runs(arguments, use_cuda)
+    if chosen.check_only:
+        return check_scenes(plan)
     several = any(getattr(chosen, name) for name in ("compare", "dry_run", "shard", "gpus"))
     if len(plan) == 1 and not several and chosen.launcher == "local":
-        run_one(plan[0])
-    else:
-        run_several(plan, chosen)
+        return run_one(plan[0])
+    return run_several(plan, chosen)
 
 
 def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
@@ -264,6 +265,27 @@ def chosen_scenes(options: Namespace) -> list[str]:
     if options.multi_data and options.nerf_dataset != "demo":
         return scene_names(options.nerf_dataset, options.data_folder)
     return [options.nerf_scene]
+
+
+def check_scenes(plan: Sequence[Namespace]) -> None:
+    """With --check_only: say of every scene of the plan what there is and all that is wrong. Raises SceneError, after
+    all of them, if any has problems."""
+    import train
+
+    # A scene's seeds and strategies share its data; what a strategy's own settings ask for is looked at for each.
+    first_seed = [options for options in plan if options.seed == plan[0].seed]
+    lines = {(o.nerf_dataset, o.nerf_scene): {} for o in first_seed}
+    faulty = set()
+    for options in first_seed:
+        scene = options.nerf_dataset, options.nerf_scene
+        told, problems = train.check_lines(options, run_folder_of(options))
+        lines[scene] |= dict.fromkeys(told)
+        if problems:
+            faulty.add(scene)
+    for (dataset, name), told in lines.items():
+        print("\n  ".join([f"{dataset}/{name}: {'problems' if (dataset, name) in faulty else 'good'}", *told]))
+    if faulty:
+        raise SceneError(f"{len(faulty)} of {len(lines)} scenes have problems, see above")
 
 
 def run_one(options: Namespace) -> None:

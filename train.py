@@ -15,20 +15,23 @@ from components.draw_counts import DrawCounts
 from components.evaluation import Evaluation, evaluate, evenly_spaced
 from components.grids import learning_rate_factor, resolution_for, training_samples, voxel_schedule
 from components.metrics import mse_to_psnr
-from components.perceptual import PerceptualMetrics, load_perceptual_metrics
+from components.perceptual import PerceptualMetrics, check_weights_folder, load_perceptual_metrics
 from components.pixel_sets import PixelSet
 from components.regularisers import L1Density, build_regularisers
 from components.types import Scene
-from dataLoader import load_scene
+from dataLoader import Inspection, inspect_scene, load_scene, scene_folder
+from dataLoader.assemble import Volume
 from models import FieldConfig, build_field, field_state
 from models.files import CHECKPOINT_FORMAT, load_field
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
 from models.kernels import threads
-from models.optimizers import crop_adam, make_adam
+from models.optimizers import crop_adam, load_adam, make_adam
 from models.outputs import evaluation_renderer, export, pictures, save_overview, save_views, score
 from models.rehearsal import step_seconds
+from models.room import room_faults
 from opt import RUN_IDENTITY_EXEMPT, resolved_dict
 from samplers import build_sampler, check_strategy
+from utils.checkpoint_parts import check_like
 from utils.checkpoints import latest_checkpoint, load_latest, prune_checkpoints, save_checkpoint
 from utils.console import say
 from utils.curves import read_curves
@@ -99,6 +102,8 @@ def train_in(
     folder: Path, lock: RunLock, options: Namespace, device: torch.device, stop_after: float, started: float
 ) -> dict:
     """Train, or go on training, in a folder that is locked; see `run`."""
+    found = preflight(options, folder, device)
+    found.problems.raise_any(str(found.folder))
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
@@ -107,7 +112,7 @@ def train_in(
     memory = MemoryMeter(device)
     memory.start()
     with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
-        scenes = {split: load_split(options, split) for split in ("train", "test")}
+        scenes = found.load()
         stop_if_asked()
         trainer = Trainer(options, folder, device, scenes, perceptual, memory, lock)
         afresh = options.overwrite or latest_checkpoint(folder) is None
@@ -129,6 +134,50 @@ def train_in(
             trainer.log.close()
 
 
+def preflight(options: Namespace, folder: Path, device: torch.device) -> Inspection:
+    """What can be known before step 0: all headers and poses of the scene, and whether weights, memory and disk are
+    there. Decodes and writes nothing; all that is wrong is in the inspection's `problems`, what is odd in its notes.
+
+    Raises SceneError or OptionError where there is no scene to look at.
+    """
+    found = inspect_scene(
+        options.nerf_dataset,
+        options.data_folder,
+        options.nerf_scene,
+        {split: getattr(options, f"downsample_{split}") for split in ("train", "test")},
+        scene_bbox=options.scene_bbox,
+        skip_missing_frames=options.skip_missing_frames,
+    )
+    if options.lpips_weights:
+        found.problems.attempt("options", check_weights_folder, Path(options.lpips_weights))
+    if found.plans:
+        config = field_config(options, next(iter(found.plans.values())).volume)
+        image_bytes = found.plans["train"].n_bytes if "train" in found.plans else 0
+        test_pixels = found.plans["test"].n_pixels // options.test_every if "test" in found.plans else 0
+        faults, notes = room_faults(options, config, image_bytes, test_pixels, folder, device)
+        for line in faults:
+            found.problems.add("options", line)
+        for line in notes:
+            found.problems.note(line)
+    return found
+
+
+def check_lines(options: Namespace, folder: Path) -> tuple[list[str], bool]:
+    """(what `preflight` found, as lines for the user; whether it found problems), for --check_only.
+
+    folder: where the run will lie.
+    """
+    demo = options.nerf_dataset == "demo" and not scene_folder("demo", options.data_folder, options.nerf_scene).is_dir()
+    if demo:
+        return ["is drawn when it is first used"], False
+    try:
+        found = preflight(options, folder, choose_device(options.device))
+    except UserError as error:
+        return [f"problem: {error}"], True
+    notes = [f"note: {line}" for line in found.problems.notes]
+    return [*map(str, found.plans.values()), *found.problems.lines(), *notes], bool(found.problems)
+
+
 def load_split(options: Namespace, split: str) -> Scene:
     """The training or test views of the options' scene, on the CPU."""
     return load_scene(
@@ -142,8 +191,8 @@ def load_split(options: Namespace, split: str) -> Scene:
     )
 
 
-def field_config(options: Namespace, scene: Scene) -> FieldConfig:
-    """What the options and the scene say about the field."""
+def field_config(options: Namespace, scene: Scene | Volume) -> FieldConfig:
+    """What the options and the scene (its near, far and ndc) say about the field."""
     return FieldConfig(
         model_name=options.model_name,
         n_density=tuple(options.n_lamb_sigma),
@@ -290,6 +339,22 @@ class Trainer:
             "log": self.log.position(),
         }
 
+    def expected_state(self) -> dict:
+        """What `restore` reads itself, as far as its make is known beforehand; values do not matter."""
+        return {
+            "iteration": 0,
+            "regularisers": {r.name: 0.0 for r in self.regularisers},
+            "mask_grid": None if self.mask_grid is None else [0, 0, 0],
+            "sampler": self.sampler.state_dict(),
+            "generators": {name: g.get_state() for name, g in self.generators.items()},
+            "timer": self.timer.state_dict(),
+            "memory": self.memory.state_dict(),
+            "seconds": [0.0, 0.0],
+            "stages": self.stages.state_dict(),
+            "draws": self.draws.tensor,
+            "unreported": {"seconds": 0.0, "sampler_seconds": 0.0, "owes_pictures": False},
+        }
+
     def restore(self, path: Path) -> None:
         """Continue where `state_dict` was taken. Raises CheckpointError if the file is damaged or another run's."""
         self.field, state = load_field(path, self.device, self.config)
@@ -301,12 +366,17 @@ class Trainer:
             )
         try:
             self.optimizer = make_adam(self.field.param_groups(self.options.lr_init, self.options.lr_basis))
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_adam(self.optimizer, state["optimizer"])
             for regulariser in self.regularisers:
                 regulariser.weight = state["regularisers"][regulariser.name]
             self.mask_grid = None if state["mask_grid"] is None else tuple(state["mask_grid"])
             self.kept = None if state["kept"] is None else state["kept"].to(self.device)
+            if self.kept is not None:
+                check_like(torch.empty(self.scene.n_pixels, dtype=torch.bool), self.kept, "kept")
             self.sampler = self.new_sampler()
+            check_like(self.expected_state(), state, "the run's state")
+            if not 0 <= state["iteration"] <= self.options.n_iters:
+                raise ValueError(f"iteration {state['iteration']} of {self.options.n_iters}")
             self.sampler.load_state_dict(state["sampler"])
             for name, generator in self.generators.items():
                 generator.set_state(state["generators"][name])

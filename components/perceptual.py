@@ -91,7 +91,7 @@ def load_perceptual_metrics(weights_dir: str | None, device: torch.device | str)
     """
     folder = None if weights_dir is None else Path(weights_dir)
     if folder is not None:
-        _check_folder(folder)
+        check_weights_folder(folder)
     networks, lines = {}, []
     for name, backbone in BACKBONES.items():
         found = _load_one(name, backbone, folder)
@@ -103,7 +103,8 @@ def load_perceptual_metrics(weights_dir: str | None, device: torch.device | str)
     return PerceptualMetrics(networks, lines, torch.device(device))
 
 
-def _check_folder(folder: Path) -> None:
+def check_weights_folder(folder: Path) -> None:
+    """Raise UserError if the folder of --lpips_weights does not exist or holds no backbone's file."""
     if not folder.is_dir():
         raise UserError(f"--lpips_weights {folder}: no such folder")
     if not any(_find(folder, backbone) for backbone in BACKBONES.values()):

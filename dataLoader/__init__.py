@@ -1,39 +1,102 @@
 """Files -> Scene: one module a format, and the generated demo scene.
 
-A scene is checked once, here; headers and poses are checked before any image is decoded.
+A scene is checked once, here: all headers and poses are read before any image is decoded, and what is wrong with them
+is told at once.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from components.types import Scene
 from dataLoader import demo, llff, nsvf, own_data, syn
-from dataLoader.assemble import LoadOptions
-from dataLoader.checks import WHERE_DATA_COMES_FROM
+from dataLoader.assemble import LoadOptions, SplitPlan, assemble_scene
+from dataLoader.checks import WHERE_DATA_COMES_FROM, list_folder
 from dataLoader.demo import ensure_demo_scene
+from dataLoader.images import quiet_pillow
+from dataLoader.plausible import check_plan, check_shared_images
+from dataLoader.problems import Problems
 from utils.errors import OptionError, SceneError
 
-__all__ = ["FORMATS", "ensure_demo_scene", "load_scene", "scene_folder", "scene_names"]
+__all__ = [
+    "FORMATS",
+    "Inspection",
+    "ensure_demo_scene",
+    "inspect_scene",
+    "load_scene",
+    "scene_folder",
+    "scene_names",
+]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One data-set format: its folder under the data folder, its loader, and files that tell a scene's folder."""
+    """One data-set format: its folder under the data folder, its reader, and files that tell a scene's folder."""
 
     folder: str
-    load: Callable[[Path, str, LoadOptions], Scene]
+    read: Callable[[Path, str, LoadOptions, Problems], SplitPlan | None]
     markers: tuple[str, ...]
 
 
 FORMATS = {
-    "syn": Format(syn.FOLDER, syn.load, syn.MARKERS),
-    "nsvf": Format(nsvf.NSVF_FOLDER, nsvf.load_nsvf, nsvf.MARKERS),
-    "tt": Format(nsvf.TT_FOLDER, nsvf.load_tt, nsvf.MARKERS),
-    "llff": Format(llff.FOLDER, llff.load, llff.MARKERS),
-    "own_data": Format(own_data.FOLDER, own_data.load, own_data.MARKERS),
-    "demo": Format(demo.FOLDER, syn.load, syn.MARKERS),
+    "syn": Format(syn.FOLDER, syn.read, syn.MARKERS),
+    "nsvf": Format(nsvf.NSVF_FOLDER, nsvf.read_nsvf, nsvf.MARKERS),
+    "tt": Format(nsvf.TT_FOLDER, nsvf.read_tt, nsvf.MARKERS),
+    "llff": Format(llff.FOLDER, llff.read, llff.MARKERS),
+    "own_data": Format(own_data.FOLDER, own_data.read, own_data.MARKERS),
+    "demo": Format(demo.FOLDER, syn.read, syn.MARKERS),
 }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the headers and poses of a scene say: its usable splits, and all problems."""
+
+    folder: Path
+    plans: Mapping[str, SplitPlan]
+    problems: Problems
+
+    def load(self, progress: bool = True) -> dict[str, Scene]:
+        """The splits, decoded, on the CPU. Raises SceneError or OptionError for the problems, or for a file that cannot
+        be decoded; warns of what is odd."""
+        self.problems.raise_any(str(self.folder))
+        for line in self.problems.notes:
+            warnings.warn(line, stacklevel=2)
+        return {split: assemble_scene(plan, progress) for split, plan in self.plans.items()}
+
+
+def inspect_scene(
+    dataset: str,
+    data_folder: str | Path,
+    scene: str,
+    downsample: Mapping[str, float],
+    *,
+    scene_bbox: Sequence[float] | None = None,
+    skip_missing_frames: bool = False,
+    progress: bool = True,
+) -> Inspection:
+    """Read all headers and poses of the splits ('train', 'test') that `downsample` names, without decoding pixels.
+
+    downsample: by split, a factor >= 1 that divides the size of the image files, for llff the full size named in
+    poses_bounds.npy. The other parameters are `load_scene`'s. Raises SceneError or OptionError only where there is no
+    scene to look at.
+    """
+    folder = _existing_folder(dataset, data_folder, scene, progress)
+    plans, problems = {}, Problems()
+    with quiet_pillow(), np.errstate(all="ignore"):
+        for split, factor in downsample.items():
+            options, found = LoadOptions(factor, scene_bbox, skip_missing_frames), Problems()
+            plan = _format(dataset).read(folder, split, options, found)
+            if plan is not None:
+                check_plan(plan, found)
+            if plan is not None and not found:
+                plans[split] = plan
+            problems.join(found)
+        check_shared_images(plans, problems)
+    return Inspection(folder, plans, problems)
 
 
 def load_scene(
@@ -43,18 +106,22 @@ def load_scene(
     split: str,
     downsample: float,
     *,
-    scene_bbox: Sequence[float] | None = None,
-    skip_missing_frames: bool = False,
     progress: bool = True,
+    **options,
 ) -> Scene:
     """The `split` ('train' or 'test') of a scene, on the CPU.
 
-    dataset: a key of FORMATS. downsample >= 1 divides the size of the image files, for llff the full size named in
-    poses_bounds.npy. scene_bbox: min xyz, max xyz, overrides the format's box. The demo scene is generated on first
-    use. Raises SceneError or OptionError, each naming the file or option at fault.
+    dataset: a key of FORMATS. options: scene_bbox (min xyz, max xyz, overrides the format's box) and
+    skip_missing_frames. The demo scene is generated on first use. Raises SceneError or OptionError, each naming the
+    file or option at fault; several faults are listed.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    found = inspect_scene(dataset, data_folder, scene, {split: downsample}, progress=progress, **options)
+    return found.load(progress)[split]
+
+
+def _existing_folder(dataset: str, data_folder: str | Path, scene: str, progress: bool) -> Path:
     chosen = _format(dataset)
     if dataset == "demo":
         demo.ensure_named_scene(data_folder, scene, progress)
@@ -63,8 +130,7 @@ def load_scene(
         found = _scenes_in(folder.parent, chosen.markers)
         others = f"scenes there: {', '.join(found)}" if found else "there are no scenes there yet"
         raise SceneError(f"{folder}: scene folder is missing ({others}); {WHERE_DATA_COMES_FROM}")
-    options = LoadOptions(downsample, scene_bbox, skip_missing_frames, progress)
-    return chosen.load(folder, split, options)
+    return folder
 
 
 def scene_names(dataset: str, data_folder: str | Path) -> list[str]:
@@ -94,5 +160,5 @@ def _format(dataset: str) -> Format:
 def _scenes_in(folder: Path, markers: tuple[str, ...]) -> list[str]:
     if not folder.is_dir():
         return []
-    children = [child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")]
+    children = [child for child in list_folder(folder) if child.is_dir() and not child.name.startswith(".")]
     return sorted(child.name for child in children if any((child / marker).exists() for marker in markers))

@@ -1,6 +1,5 @@
 """Reading small text files of a data set, with errors that name the file and say what to do."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import OptionError, SceneError
+from utils.files import is_regular, parse_json, read_bounded, reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 WHERE_DATA_COMES_FROM = "data/README.md says where the data sets come from and how their folders look"
 MIN_DETERMINANT = 1e-6
 ROTATION_TOLERANCE = 0.05
+# World units: beyond, float32 rays have no digits left for a scene.
+MAX_COORDINATE = 1e9
 
 
 def first_few(names: Sequence[object], count: int = 3) -> str:
@@ -21,29 +23,43 @@ def first_few(names: Sequence[object], count: int = 3) -> str:
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
 
+def shown(value: object) -> str:
+    """A value from a file, for a message: not more than a few words of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
 def require_file(path: Path) -> Path:
     """`path` if it is a file, else SceneError."""
-    if not path.is_file():
-        raise SceneError(f"{path}: file is missing; {WHERE_DATA_COMES_FROM}")
+    if not is_regular(path):
+        what = "is no regular file" if path.exists() else "file is missing"
+        raise SceneError(f"{path}: {what}; {WHERE_DATA_COMES_FROM}")
     return path
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of the data set; SceneError if it is missing or no text."""
+def list_folder(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; SceneError if it cannot be read."""
     try:
-        return require_file(path).read_text(encoding="utf-8-sig")
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise SceneError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of the data set; SceneError if it is missing, no text, or larger than such files are."""
+    try:
+        return read_bounded(require_file(path)).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SceneError(f"{path}: cannot be read as text ({error}); restore it from the data set") from error
+        raise SceneError(f"{path}: cannot be read as text ({reason(error)}); restore it from the data set") from error
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; SceneError if it is missing, malformed or no object."""
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise SceneError(
-            f"{path}: not valid JSON (line {error.lineno}: {error.msg}); restore or correct the file"
-        ) from error
+        content = parse_json(read_text(path))
+    except ValueError as error:
+        line = f"line {error.lineno}: {error.msg}" if hasattr(error, "lineno") else reason(error)
+        raise SceneError(f"{path}: not valid JSON ({line}); restore or correct the file") from error
     if not isinstance(content, dict):
         raise SceneError(
             f"{path}: holds a {type(content).__name__}, expected an object with 'frames'; correct the file"
@@ -51,26 +67,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_frames(path: Path) -> tuple[dict, list[dict]]:
-    """A transforms file and its frames, each with a string `file_path` and a `transform_matrix`."""
-    content = read_json(path)
-    frames = content.get("frames")
-    if not isinstance(frames, list) or not frames:
-        raise SceneError(f"{path}: 'frames' is missing, empty or no list; write one entry an image")
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, dict):
-            raise SceneError(f"{path}: frame {index} is no object; give it 'file_path' and 'transform_matrix'")
-        if not isinstance(frame.get("file_path"), str):
-            raise SceneError(f"{path}: frame {index} lacks a text 'file_path'; name its image there")
-        if "transform_matrix" not in frame:
-            raise SceneError(f"{path}: frame '{frame['file_path']}' lacks 'transform_matrix'; add its 4x4 pose")
-    return content, frames
-
-
 def finite_number(value: object, where: str) -> float:
     """`value` as a float if it is a finite number (no text, no truth value), else SceneError naming `where`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SceneError(f"{where} must be a finite number, got {value!r}; correct the file")
+        raise SceneError(f"{where} must be a finite number, got {shown(value)}; correct the file")
     return float(value)
 
 
@@ -96,11 +96,15 @@ def read_numbers(path: Path, at_least: int) -> np.ndarray:
     try:
         numbers = np.array([float(word) for word in words])
     except ValueError as error:
-        raise SceneError(f"{path}: holds something that is no number ({error}); restore the file") from error
+        raise SceneError(
+            f"{path}: holds something that is no number ({shown(str(error))}); restore the file"
+        ) from error
     if len(numbers) < at_least:
         raise SceneError(f"{path}: holds {len(numbers)} numbers, expected at least {at_least}; restore the file")
     if not np.isfinite(numbers).all():
         raise SceneError(f"{path}: holds NaN or inf; restore the file")
+    if len(numbers) and np.abs(numbers).max() > MAX_COORDINATE:
+        raise SceneError(f"{path}: holds numbers beyond {MAX_COORDINATE:g}; restore the file")
     return numbers
 
 
@@ -112,12 +116,14 @@ def pose_matrix(values: object, where: str) -> np.ndarray:
     """
     try:
         matrix = np.array(values, dtype=np.float64)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise SceneError(f"{where}: transform matrix is no 4x4 table of numbers; correct the pose") from error
     if matrix.shape not in ((4, 4), (3, 4)):
         raise SceneError(f"{where}: transform matrix has shape {matrix.shape}, expected 4x4; correct the pose")
     if not np.isfinite(matrix).all():
         raise SceneError(f"{where}: transform matrix holds NaN or inf; correct the pose or remove the frame")
+    if np.abs(matrix).max() > MAX_COORDINATE:
+        raise SceneError(f"{where}: transform matrix holds numbers beyond {MAX_COORDINATE:g}; correct the pose")
     pose = matrix[:3].copy()
     determinant = abs(np.linalg.det(pose[:, :3]))
     if determinant < MIN_DETERMINANT:
@@ -142,14 +148,12 @@ def read_box(path: Path) -> np.ndarray:
 def option_box(numbers: Sequence[float]) -> np.ndarray:
     """The box [2, 3] of option --scene_bbox (min xyz, max xyz); OptionError if it is malformed."""
     box = np.array(numbers, dtype=np.float64)
-    if box.shape != (6,) or not np.isfinite(box).all() or (box[3:] <= box[:3]).any():
+    malformed = box.shape != (6,) or not np.isfinite(box).all() or (box[3:] <= box[:3]).any()
+    if malformed or np.abs(box).max() > MAX_COORDINATE:
         raise OptionError(f"--scene_bbox {list(numbers)}: give six numbers, min x,y,z then a larger max x,y,z")
     return box.reshape(2, 3)
 
 
-def drop_or_refuse_missing(missing: Sequence[object], what: str, skip: bool) -> None:
-    """SceneError that lists `missing` unless option --skip_missing_frames is on."""
-    if missing and not skip:
-        raise SceneError(
-            f"{what}: {len(missing)} missing: {first_few(missing)}; add them, or pass --skip_missing_frames 1"
-        )
+def missing_message(missing: Sequence[object], what: str) -> str:
+    """That things are missing, which, and that option --skip_missing_frames does without them."""
+    return f"{what}: {len(missing)} missing: {first_few(missing)}; add them, or pass --skip_missing_frames 1"

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from components.types import Scene
-from dataLoader.assemble import Cameras, LoadOptions, Volume, assemble_scene, reduced_size
+from dataLoader.assemble import Cameras, LoadOptions, SplitPlan, Volume, reduced_size
 from dataLoader.checks import (
     IMAGE_SUFFIXES,
     WHERE_DATA_COMES_FROM,
-    drop_or_refuse_missing,
+    list_folder,
+    missing_message,
     option_box,
     pose_matrix,
     read_box,
     read_numbers,
 )
-from dataLoader.images import probe_images
+from dataLoader.images import ImageInfo, probe_images
 from dataLoader.paths import circle_path, orbit_path
+from dataLoader.problems import Problems
 from utils.errors import SceneError
 
 NSVF_FOLDER, TT_FOLDER, MARKERS = "Synthetic_NSVF", "TanksAndTemple", ("bbox.txt", "pose")
@@ -28,35 +29,32 @@ NSVF_NEAR, NSVF_FAR, NSVF_FOCAL_WIDTH, NSVF_PATH_RADIUS = 0.5, 6.0, 800, 4.0
 TT_NEAR, TT_FAR, TT_BOX_SCALE, TT_SIZE = 0.01, 6.0, 1.2, (1920, 1080)
 
 
-def load_nsvf(folder: Path, split: str, options: LoadOptions) -> Scene:
+def read_nsvf(folder: Path, split: str, options: LoadOptions, problems: Problems) -> SplitPlan | None:
     """Synthetic_NSVF: one focal length, given for images 800 px wide; principal point at the centre."""
-    box = _box(folder, 1.0, options)
-    intrinsics_file = folder / "intrinsics.txt"
-    focal = _positive(read_numbers(intrinsics_file, at_least=1)[0], intrinsics_file)
-    paths, poses = _read_split(folder, split, options)
-    info = probe_images(paths)
+    box = problems.attempt("files", _box, folder, 1.0, options)
+    focal = problems.attempt("intrinsics", _read_focal, folder / "intrinsics.txt")
+    paths, poses, info, size = _read_views(folder, split, options, problems)
+    if problems:
+        return None
     scaled = focal * info.width / NSVF_FOCAL_WIDTH
     intrinsics = np.array([scaled, scaled, info.width / 2, info.height / 2])
     cameras = Cameras(paths, poses, np.tile(intrinsics, (len(paths), 1)), info)
-    volume = Volume(box, NSVF_NEAR, NSVF_FAR)
-    size = reduced_size(info.width, info.height, options.downsample)
-    path = circle_path(NSVF_PATH_RADIUS)
-    return assemble_scene(folder, "nsvf", split, cameras, volume, path, size, options.progress)
+    return SplitPlan(
+        folder, "nsvf", split, cameras, Volume(box, NSVF_NEAR, NSVF_FAR), circle_path(NSVF_PATH_RADIUS), size
+    )
 
 
-def load_tt(folder: Path, split: str, options: LoadOptions) -> Scene:
+def read_tt(folder: Path, split: str, options: LoadOptions, problems: Problems) -> SplitPlan | None:
     """TanksAndTemple: intrinsics are a 3x3 or 4x4 matrix for 1920x1080, the box of bbox.txt is widened by 1.2."""
-    box = _box(folder, TT_BOX_SCALE, options)
-    matrix = _read_intrinsics_matrix(folder / "intrinsics.txt")
-    paths, poses = _read_split(folder, split, options)
-    info = probe_images(paths)
+    box = problems.attempt("files", _box, folder, TT_BOX_SCALE, options)
+    matrix = problems.attempt("intrinsics", _read_intrinsics_matrix, folder / "intrinsics.txt")
+    paths, poses, info, size = _read_views(folder, split, options, problems)
+    if problems:
+        return None
     x, y = info.width / TT_SIZE[0], info.height / TT_SIZE[1]
     intrinsics = np.array([matrix[0, 0] * x, matrix[1, 1] * y, matrix[0, 2] * x, matrix[1, 2] * y])
     cameras = Cameras(paths, poses, np.tile(intrinsics, (len(paths), 1)), info)
-    volume = Volume(box, TT_NEAR, TT_FAR)
-    size = reduced_size(info.width, info.height, options.downsample)
-    path = orbit_path(poses, box)
-    return assemble_scene(folder, "tt", split, cameras, volume, path, size, options.progress)
+    return SplitPlan(folder, "tt", split, cameras, Volume(box, TT_NEAR, TT_FAR), orbit_path(poses, box), size)
 
 
 def _box(folder: Path, scale: float, options: LoadOptions) -> np.ndarray:
@@ -66,28 +64,53 @@ def _box(folder: Path, scale: float, options: LoadOptions) -> np.ndarray:
     return read_box(folder / "bbox.txt") * scale
 
 
-def _read_split(folder: Path, split: str, options: LoadOptions) -> tuple[list[Path], np.ndarray]:
-    """Image files and poses [M, 3, 4] of a split, sorted by name; SceneError for one without the other."""
-    images = {path.stem: path for path in _files(folder / "rgb", IMAGE_SUFFIXES)}
-    poses = {path.stem: path for path in _files(folder / "pose", (".txt",))}
-    stems = set(images) | set(poses)
+def _read_views(
+    folder: Path, split: str, options: LoadOptions, problems: Problems
+) -> tuple[list[Path], np.ndarray | None, ImageInfo | None, tuple[int, int] | None]:
+    """(image files, poses [M, 3, 4], headers, size (W, H)) of a split, sorted by name."""
+    images = problems.attempt("files", _files, folder / "rgb", IMAGE_SUFFIXES, problems)
+    poses = problems.attempt("files", _files, folder / "pose", (".txt",), problems)
+    stems = None if images is None or poses is None else _stems(folder, split, images, poses, options, problems)
+    if not stems:
+        return [], None, None, None
+    read = [problems.attempt("poses", _read_pose, poses[stem]) for stem in stems]
+    paths = [images[stem] for stem in stems]
+    info = probe_images(paths, problems)
+    size = info and problems.attempt("options", reduced_size, info.width, info.height, options.downsample)
+    return paths, None if any(pose is None for pose in read) else np.stack(read), info, size
+
+
+def _stems(folder: Path, split: str, images: dict, poses: dict, options: LoadOptions, problems: Problems) -> list[str]:
+    """Names of the views of a split that have an image and a pose; one without the other is a problem."""
     prefixes = ("0_",) if split == "train" else ("2_", "1_")
+    stems = set(images) | set(poses)
     chosen = next((found for p in prefixes if (found := sorted(s for s in stems if s.startswith(p)))), [])
     if not chosen:
         wanted = " or ".join(prefixes)
-        raise SceneError(f"{folder / 'rgb'}: no image for split '{split}'; names must start with {wanted}")
+        problems.add("files", f"{folder / 'rgb'}: no image for split '{split}'; names must start with {wanted}")
+        return []
     without = [f"pose of {s}" for s in chosen if s not in poses] + [f"image {s}" for s in chosen if s not in images]
-    drop_or_refuse_missing(without, f"{folder}: of {len(chosen)} {split} views", options.skip_missing_frames)
+    if without and not options.skip_missing_frames:
+        problems.add("images", missing_message(without, f"{folder}: of {len(chosen)} {split} views"))
     kept = [stem for stem in chosen if stem in images and stem in poses]
     if not kept:
-        raise SceneError(f"{folder}: no {split} view has both an image in rgb/ and a pose in pose/; restore them")
-    return [images[stem] for stem in kept], np.stack([_read_pose(poses[stem]) for stem in kept])
+        problems.add("files", f"{folder}: no {split} view has both an image in rgb/ and a pose in pose/; restore them")
+    return kept
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def _files(folder: Path, suffixes: tuple[str, ...], problems: Problems) -> dict[str, Path]:
+    """The files of a folder by their names without extension."""
     if not folder.is_dir():
         raise SceneError(f"{folder}: folder is missing; {WHERE_DATA_COMES_FROM}")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    files = {}
+    for path in list_folder(folder):
+        if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) is not path:
+            problems.add("files", f"{path}: there is {files[path.stem].name} too; keep one of them")
+    return files
+
+
+def _read_focal(path: Path) -> float:
+    return _positive(read_numbers(path, at_least=1)[0], path)
 
 
 def _read_pose(path: Path) -> np.ndarray:

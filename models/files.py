@@ -1,5 +1,7 @@
 """Fields in files: our checkpoints and TensoRF's read, TensoRF's and meshes written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ from models import restore_field
 from models.config import FieldConfig
 from models.field import Field
 from models.growth import dense_alpha
-from models.tensorf_files import from_tensorf, is_tensorf, to_tensorf
+from models.tensorf_files import from_tensorf, is_tensorf, tensorf_config, to_tensorf
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import CheckpointError
 from utils.mesh import export_mesh
@@ -39,22 +41,40 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
     another kind of field; the message names the options that differ.
     """
     state = load_checkpoint(path)
-    if is_tensorf(state):
-        field = from_tensorf(state, device, wanted.ndc, str(path))
-    else:
-        if state.get("format") != CHECKPOINT_FORMAT or "field" not in state:
-            raise CheckpointError(
-                f"{path} is no checkpoint of this program (format {state.get('format')}) or of TensoRF"
-            )
-        try:
-            field = restore_field(state["field"], device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
-            if is_shortage(error):
-                raise
-            raise CheckpointError(
-                f"{path} is damaged: its field cannot be rebuilt ({type(error).__name__}); use an older checkpoint"
-            ) from error
-    ours, theirs = wanted.to_dict(), field.config.to_dict()
+    tensorf = is_tensorf(state)
+    if not tensorf and not (_is_number(state.get("format"), CHECKPOINT_FORMAT) and "field" in state):
+        told = str(state.get("format"))[:40]
+        raise CheckpointError(f"{path} is no checkpoint of this program (format {told}) or of TensoRF")
+    with _naming_damage(path, tensorf):
+        config = tensorf_config(state, wanted.ndc) if tensorf else FieldConfig.from_dict(state["field"]["config"])
+    _refuse_other_field(path, config, wanted)
+    with _naming_damage(path, tensorf):
+        field = from_tensorf(state, config, device) if tensorf else restore_field(state["field"], device)
+    field.set_mlp_dtype(wanted.mlp_dtype)
+    return field, state
+
+
+def _is_number(value: object, number: int) -> bool:
+    return isinstance(value, int) and value == number
+
+
+@contextmanager
+def _naming_damage(path: Path, tensorf: bool) -> Iterator[None]:
+    """Turn what the parts of a checkpoint that do not fit raise into a CheckpointError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
+        if is_shortage(error):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        message = f"{path} is damaged: its field cannot be rebuilt ({what}); use an older checkpoint"
+        if tensorf:
+            message = f"{path} is not a complete TensoRF checkpoint ({what}); export it again, or use another one"
+        raise CheckpointError(message) from error
+
+
+def _refuse_other_field(path: Path, config: FieldConfig, wanted: FieldConfig) -> None:
+    ours, theirs = wanted.to_dict(), config.to_dict()
     if wanted.shading != "MLP_PE":
         theirs["pos_pe"] = ours["pos_pe"]  # without effect on the other shadings
     differing = [
@@ -69,8 +89,6 @@ def load_field(path: Path, device: torch.device | str, wanted: FieldConfig) -> t
             f"{path} holds another field than the options ask for: give {', '.join(differing)}, or another checkpoint "
             "(if it is this run's own: remove it, or --overwrite the run)"
         )
-    field.set_mlp_dtype(wanted.mlp_dtype)
-    return field, state
 
 
 def write_tensorf(field: Field, path: Path) -> None:

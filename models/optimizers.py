@@ -7,8 +7,10 @@ from torch import Tensor
 
 from models.kernels import compiled_adam
 from models.kernels.compiled import libraries
+from utils.checkpoint_parts import check_like
 
 BETAS = (0.9, 0.99)
+MAX_STEPS = 1e10
 
 
 def make_adam(groups: list[dict]) -> torch.optim.Adam:
@@ -17,6 +19,23 @@ def make_adam(groups: list[dict]) -> torch.optim.Adam:
     if compiled_adam.serves(parameters) and libraries() is not None:
         return compiled_adam.CompiledAdam(groups, betas=BETAS)
     return torch.optim.Adam(groups, betas=BETAS, fused=True)
+
+
+def load_adam(optimizer: torch.optim.Adam, state: Mapping) -> None:
+    """Give a new optimiser of `make_adam` the state that another one had. Raises ValueError, KeyError or TypeError if
+    the state, which may come from anywhere, does not fit: the kernels write where its moments should be."""
+    check_like(optimizer.state_dict()["param_groups"], state["param_groups"], "optimizer")
+    check_like({number: {} for number in state["state"]}, state["state"], "optimizer")
+    optimizer.load_state_dict(state)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        moments = optimizer.state.get(parameter)
+        if moments:
+            step = moments["step"]
+            check_like({"exp_avg": parameter, "exp_avg_sq": parameter}, moments, "optimizer")
+            if torch.as_tensor(step).numel() != 1 or not 0 <= float(step) <= MAX_STEPS:
+                raise ValueError("optimizer/step is no number of steps")
+            if bool((moments["exp_avg_sq"] < 0).any()):
+                raise ValueError("optimizer/exp_avg_sq is negative")
 
 
 def crop_adam(

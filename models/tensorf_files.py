@@ -9,11 +9,10 @@ import math
 import numpy as np
 import torch
 
-from models import build_field
+from models import checked_box, filled_field
 from models.alpha_mask import AlphaMask
 from models.config import FieldConfig
 from models.field import Field
-from utils.errors import CheckpointError
 
 _FILES_KEYS = ("kwargs", "state_dict")
 
@@ -23,49 +22,47 @@ def is_tensorf(state: dict) -> bool:
     return all(key in state for key in _FILES_KEYS)
 
 
-def from_tensorf(state: dict, device: torch.device | str, ndc: bool, path: str = "checkpoint") -> Field:
-    """The field in a TensoRF checkpoint. ndc: whether its scene is in NDC (the file does not say).
+def tensorf_config(state: dict, ndc: bool) -> FieldConfig:
+    """The settings in a TensoRF checkpoint. ndc: whether its scene is in NDC (the file does not say).
 
-    Raises CheckpointError, naming `path`, if something is missing or does not fit.
+    Raises KeyError, TypeError, ValueError, IndexError, AttributeError or ArithmeticError if some are missing or wrong.
     """
-    try:
-        kwargs, parameters = state["kwargs"], state["state_dict"]
-        vm = any(name.startswith("density_plane") for name in parameters)
-        config = FieldConfig(
-            model_name="TensorVMSplit" if vm else "TensorCP",
-            n_density=tuple(int(n) for n in kwargs["density_n_comp"]),
-            n_appearance=tuple(int(n) for n in kwargs["appearance_n_comp"]),
-            n_features=int(kwargs["app_dim"]),
-            shading=kwargs["shadingMode"],
-            pos_pe=int(kwargs["pos_pe"]),
-            view_pe=int(kwargs["view_pe"]),
-            fea_pe=int(kwargs["fea_pe"]),
-            hidden=int(kwargs["featureC"]),
-            density_activation=kwargs["fea2denseAct"],
-            density_shift=float(kwargs["density_shift"]),
-            distance_scale=float(kwargs["distance_scale"]),
-            step_ratio=float(kwargs["step_ratio"]),
-            weight_threshold=float(kwargs["rayMarch_weight_thres"]),
-            alpha_threshold=float(kwargs["alphaMask_thres"]),
-            near=float(kwargs["near_far"][0]),
-            far=float(kwargs["near_far"][1]),
-            ndc=ndc,
-        )
-        field = build_field(config, kwargs["aabb"].cpu().float(), tuple(int(n) for n in kwargs["gridSize"]))
-        own = dict(field.named_parameters())
-        field.load_state_dict({**field.state_dict(), **{name: parameters[name] for name in own}})
-        if "alphaMask.mask" in state:
-            shape = tuple(int(n) for n in state["alphaMask.shape"])[-3:]
-            bits = np.unpackbits(np.asarray(state["alphaMask.mask"]))[: math.prod(shape)].reshape(shape)
-            box = state["alphaMask.aabb"].cpu().float()
-            if box.shape != (2, 3) or not bool((box[1] > box[0]).all()):
-                raise ValueError("alphaMask.aabb is no box")
-            field.alpha_mask = AlphaMask(torch.from_numpy(bits.astype(bool)), box)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path} is not a complete TensoRF checkpoint ({type(error).__name__}: {reason})"
-        ) from error
+    kwargs = state["kwargs"]
+    vm = any(name.startswith("density_plane") for name in state["state_dict"])
+    config = FieldConfig(
+        model_name="TensorVMSplit" if vm else "TensorCP",
+        n_density=tuple(int(n) for n in kwargs["density_n_comp"]),
+        n_appearance=tuple(int(n) for n in kwargs["appearance_n_comp"]),
+        n_features=int(kwargs["app_dim"]),
+        shading=kwargs["shadingMode"],
+        pos_pe=int(kwargs["pos_pe"]),
+        view_pe=int(kwargs["view_pe"]),
+        fea_pe=int(kwargs["fea_pe"]),
+        hidden=int(kwargs["featureC"]),
+        density_activation=kwargs["fea2denseAct"],
+        density_shift=float(kwargs["density_shift"]),
+        distance_scale=float(kwargs["distance_scale"]),
+        step_ratio=float(kwargs["step_ratio"]),
+        weight_threshold=float(kwargs["rayMarch_weight_thres"]),
+        alpha_threshold=float(kwargs["alphaMask_thres"]),
+        near=float(kwargs["near_far"][0]),
+        far=float(kwargs["near_far"][1]),
+        ndc=ndc,
+    )
+    config.check()
+    return config
+
+
+def from_tensorf(state: dict, config: FieldConfig, device: torch.device | str) -> Field:
+    """The field in a TensoRF checkpoint, whose settings are `config`; raises as `tensorf_config`, and RuntimeError."""
+    kwargs = state["kwargs"]
+    field = filled_field(config, kwargs["aabb"], [int(n) for n in kwargs["gridSize"]], state["state_dict"])
+    if "alphaMask.mask" in state:
+        shape, packed = tuple(int(n) for n in state["alphaMask.shape"])[-3:], state["alphaMask.mask"]
+        if len(shape) != 3 or min(shape) < 1 or not 0 <= 8 * packed.size - math.prod(shape) < 8 or packed.ndim != 1:
+            raise ValueError("alphaMask.mask does not have the bits of alphaMask.shape")
+        bits = np.unpackbits(packed)[: math.prod(shape)].reshape(shape)
+        field.alpha_mask = AlphaMask(torch.from_numpy(bits.astype(bool)), checked_box(state["alphaMask.aabb"]))
     field.to(device)
     field.select_kernels()
     return field

@@ -10,6 +10,7 @@ from PIL import Image
 from components.cameras import image_rays
 from dataLoader import load_scene, scene_folder, scene_names
 from dataLoader.images import decode_images, probe_images
+from dataLoader.problems import Problems
 
 GOLDEN = Path(__file__).parent / "golden"
 SCENES = GOLDEN / "scenes"
@@ -112,7 +113,7 @@ def test_every_kind_of_image_file_becomes_8_bit_rgb_with_alpha_only_where_there_
         ),
     }
     for path, expected in cases.items():
-        info = probe_images([path])
+        info = probe_images([path], Problems())
         assert (info.width, info.height, info.channels) == (4, 3, expected.shape[-1]), path.name
         assert np.array_equal(decode_images([path], (4, 3), info.channels)[0].numpy(), expected), path.name
 
@@ -122,7 +123,7 @@ def test_transparent_colour_of_a_palette_becomes_alpha(tmp_path):
     picture.putpalette([10, 20, 30, 200, 100, 50])
     picture.putpixel((1, 0), 1)
     picture.save(tmp_path / "keyed.png", transparency=0)
-    info = probe_images([tmp_path / "keyed.png"])
+    info = probe_images([tmp_path / "keyed.png"], Problems())
     assert info.channels == 4
     pixels = decode_images([tmp_path / "keyed.png"], (2, 1), 4)
     assert pixels[0, 0, :, 3].tolist() == [0, 255]
@@ -131,7 +132,7 @@ def test_transparent_colour_of_a_palette_becomes_alpha(tmp_path):
 def test_a_set_of_rgb_and_rgba_is_promoted_to_rgba(tmp_path):
     rgb = save(tmp_path / "a.png", np.full((2, 2, 3), 9, np.uint8))
     rgba = save(tmp_path / "b.png", np.full((2, 2, 4), 7, np.uint8))
-    info = probe_images([rgb, rgba])
+    info = probe_images([rgb, rgba], Problems())
     images = decode_images([rgb, rgba], (2, 2), info.channels)
     assert images[0, 0, 0].tolist() == [9, 9, 9, 255]
     assert images[1, 0, 0].tolist() == [7, 7, 7, 7]
@@ -141,7 +142,7 @@ def test_orientation_tags_are_not_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path / "turned.jpg", np.zeros((4, 8, 3), np.uint8), exif=exif)
-    info = probe_images([path])
+    info = probe_images([path], Problems())
     assert (info.width, info.height, info.channels) == (8, 4, 3)
     assert decode_images([path], (8, 4), 3).shape == (1, 4, 8, 3)
 

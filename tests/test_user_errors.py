@@ -30,7 +30,8 @@ TINY = (
 )
 CP = ("--model_name", "TensorCP", "--n_lamb_sigma", "[3]", "--n_lamb_sh", "[3]")
 RENDER = ("--render_only", "1", "--render_test", "1")
-FAR_BOX = "[100,100,100,101,101,101]"
+# Out of reach of every camera, and behind those that reach it.
+FAR_BOX, HIDDEN_BOX = "[100,100,100,101,101,101]", "[-0.1,-0.1,7,0.1,0.1,7.2]"
 PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[|^(\x1b\[A|\s)*$")
 
 
@@ -175,7 +176,7 @@ def test_a_wrong_scene_name_lists_the_scenes_there(refused):
 
 
 def test_a_box_that_no_ray_meets_is_said_when_rays_are_filtered(refused):
-    options = ("--tag", "new", "--filter_rays", "1", "--scene_bbox", FAR_BOX)
+    options = ("--tag", "new", "--filter_rays", "1", "--scene_bbox", HIDDEN_BOX)
     refused("syn", *options, says=["tiny: no training ray meets the box", "check --scene_bbox", "--filter_rays 0"])
 
 
@@ -295,13 +296,21 @@ def test_after_a_refused_checkpoint_the_same_folder_takes_another(start):
     assert start("syn", "--tag", "new", "--ckpt", str(finished_run() / "ckpt_4.th"))[:2] == (0, [])
 
 
+def test_a_box_that_no_camera_reaches_is_said_before_the_first_step(start):
+    code, lines, _ = start("syn", "--tag", "new", "--scene_bbox", FAR_BOX)
+    assert code == 2
+    assert len([line for line in lines if "no camera reaches the box" in line and "check --scene_bbox" in line]) == 2
+
+
 def test_overwriting_with_a_box_that_no_ray_meets_keeps_the_run_that_was_there(refused):
-    refused("syn", "--overwrite", "--filter_rays", "1", "--scene_bbox", FAR_BOX, says=["no training ray"])
+    refused("syn", "--overwrite", "--filter_rays", "1", "--scene_bbox", HIDDEN_BOX, says=["no training ray"])
     assert (finished_run() / "results.json").exists()
 
 
 def test_a_box_that_no_ray_meets_is_said_without_filtering_too(refused):
-    refused("syn", "--tag", "new", "--scene_bbox", FAR_BOX, says=["no ray of the first 4 iterations", "--scene_bbox"])
+    refused(
+        "syn", "--tag", "new", "--scene_bbox", HIDDEN_BOX, says=["no ray of the first 4 iterations", "--scene_bbox"]
+    )
 
 
 def test_a_last_step_that_spoils_the_field_is_no_finished_run(refused):

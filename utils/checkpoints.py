@@ -12,17 +12,29 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from utils.checkpoint_parts import fault_of_parts
 from utils.console import say
 from utils.errors import CheckpointError, DamagedCheckpointError
+from utils.files import is_regular, open_regular
+from utils.pickle_depth import tuple_depth
 from utils.run_folder import atomic_file, naming_os_errors
 from utils.shortage import is_shortage
 
 Loaded = TypeVar("Loaded")
+# torch's old format is that many pickles one after another; ours and TensoRF's hold tuples in tuples three deep.
+OLD_FORMAT_PICKLES, MAX_TUPLE_DEPTH = 5, 12
 CHECKPOINT_NAME = re.compile(r"ckpt_(\d+)\.th")
+
+
+def _reconstruct(kind: type, shape: tuple, typecode: bytes) -> np.ndarray:
+    """An array that its state will fill, as numpy pickles it; numpy's own function reserves whatever it is told."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("no array as numpy writes it")
+    return np.empty(0, np.uint8)
+
 
 # TensoRF's files hold their packed alpha mask as a numpy array of uint8; this is what rebuilds one, and nothing
 # more. Files written with numpy 1 and 2 name the function differently.
-_reconstruct = np.empty(0).__reduce__()[0]
 _SAFE_GLOBALS = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),
     (_reconstruct, "numpy._core.multiarray._reconstruct"),
@@ -55,9 +67,10 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     is damaged.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_regular(path):
         raise CheckpointError(f"{path}: no such checkpoint; check --ckpt")
     _check_sums(path)
+    _check_pickles(path)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's remark on old pickles; what follows says it all
@@ -65,7 +78,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except Exception as error:  # garbage makes the reader fail in any way at all
-        if is_shortage(error):
+        # An archive's parts have the sizes that they claim, or torch refuses them; only the old format asks before.
+        if is_shortage(error) and zipfile.is_zipfile(path):
             raise
         if isinstance(error, pickle.UnpicklingError) and _REFUSAL.search(str(error)):
             message = f"{path} holds objects that could run code; refused: use a checkpoint of tensors and plain values"
@@ -73,6 +87,9 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         raise _damaged(path) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no dictionary, so it is no checkpoint of a field: choose another file")
+    fault = fault_of_parts(state)
+    if fault:
+        raise CheckpointError(f"{path} holds {fault}, which no checkpoint has: use another one")
     return state
 
 
@@ -95,6 +112,26 @@ def _check_sums(path: Path) -> None:
         # TensoRF's older files are plain pickles, no zip files.
         if zipfile.is_zipfile(path):
             raise _damaged(path) from error
+
+
+def _check_pickles(path: Path) -> None:
+    """Raise DamagedCheckpointError if reading the file's pickles could take forever."""
+    try:
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in old text
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+            else:
+                pickles = [file] * OLD_FORMAT_PICKLES
+            for number, content in enumerate(pickles):
+                if number == 0 and content is file:
+                    file.seek(0)
+                if tuple_depth(content, MAX_TUPLE_DEPTH) > MAX_TUPLE_DEPTH:
+                    raise _damaged(path)
+    except (ValueError, IndexError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile):
+        # Malformed, or no pickle: the reader proper says so.
+        return
 
 
 def _damaged(path: Path) -> DamagedCheckpointError:

@@ -5,9 +5,22 @@ Everything that is the user's to mend (a missing file, a wrong option, a damaged
 any other exception is a bug of ours and keeps its traceback.
 """
 
+# Characters of one line of a message; names in hostile files can be megabytes long.
+MAX_LINE = 600
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and what cannot be encoded escaped, and its lines cut to 600 characters: names
+    of files may hold anything, and must not steer a terminal. Line breaks stay."""
+    lines = [line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 4]} ..." for line in text.split("\n")]
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in "\n".join(lines))
+
 
 class UserError(Exception):
     """A fault in the input; the message is one line that names the thing and says what to do."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class OptionError(UserError):

@@ -7,8 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.files import reason
 from utils.images import depth_to_color, error_map, heat_map
 from utils.run_folder import naming_os_errors
+from utils.views import read_views
 
 # Told apart by colour-blind readers too (Okabe and Ito); the baseline is black.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F")
@@ -65,10 +67,9 @@ def _views(group: list[dict]) -> dict[str, np.ndarray] | None:
         path = Path(run["folder"]) / "views.npz"
         if path.is_file():
             try:
-                with np.load(path, allow_pickle=False) as arrays:
-                    return {key: arrays[key] for key in arrays.files} | {"tag": run["tag"]}
-            except (OSError, ValueError, EOFError) as error:
-                warnings.warn(f"left out of the figures: {path} is damaged ({error})", stacklevel=2)
+                return read_views(path) | {"tag": run["tag"]}
+            except (OSError, ValueError) as error:
+                warnings.warn(f"left out of the figures: {path} is damaged ({reason(error)})", stacklevel=2)
     return None
 
 
@@ -90,8 +91,8 @@ def _draw_curves(axes, rows: dict[str, list[dict]], key: str) -> None:
         length = min((len(curve["psnr"]) for curve in curves), default=0)
         if not length:
             continue
-        x = np.mean([curve[key][:length] for curve in curves], axis=0)
-        y = np.array([curve["psnr"][:length] for curve in curves])
+        x = np.array([curve[key][:length] for curve in curves], dtype=float).mean(0)
+        y = np.array([curve["psnr"][:length] for curve in curves], dtype=float)
         colour, mean = COLOURS[number % len(COLOURS)], y.mean(0)
         axes.plot(x, mean, color=colour, marker="o", markersize=3, label=tag)
         if len(curves) > 1:
@@ -108,11 +109,12 @@ def memory_figure(rows: dict[str, list[dict]]):
     """Step memory before and after the alpha mask, a pair of bars a tag."""
     figure = new_figure(7.5, 1.6 + 0.5 * len(rows))
     axes = figure.subplots()
-    stages = (("before_mask", "before the alpha mask"), ("after_mask", "after it, on the full grid"))
-    for shift, (stage, label) in enumerate(stages):
+    phases = (("before_mask", "before the alpha mask"), ("after_mask", "after it, on the full grid"))
+    for shift, (stage, label) in enumerate(phases):
         values = []
         for group in rows.values():
-            known = [s["step_memory_mb"] for r in group if (s := (r.get("stages") or {}).get(stage))]
+            stages = [(run.get("stages") or {}).get(stage) or {} for run in group]
+            known = [s["step_memory_mb"] for s in stages if s.get("step_memory_mb") is not None]
             values.append(statistics.fmean(known) if known else 0.0)
         places = np.arange(len(rows)) + 0.4 * shift - 0.2
         bars = axes.barh(places, values, height=0.38, color=("#56B4E9", "#0072B2")[shift], label=label)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.errors import RunFolderError
+from utils.files import parse_json, read_bounded, reason
 
 # All that a run writes. `--overwrite` removes these and nothing else.
 RUN_FILES = (
@@ -93,11 +94,16 @@ def _refuse_other_settings(folder: Path, old: Any, new: Mapping[str, Any], exemp
     absent = object()
     differing = [k for k in sorted((old.keys() | new.keys()) - exempt) if old.get(k, absent) != new.get(k, absent)]
     if differing:
-        changes = ", ".join(f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in differing)
+        changes = ", ".join(f"{k}: {_told(old, k)} -> {_told(new, k)}" for k in differing)
         raise RunFolderError(
             f"{folder} belongs to a run with other settings ({changes}): choose another --tag (or, "
             "for a whole comparison, another --up_folder_name), or --overwrite it"
         )
+
+
+def _told(options: Mapping[str, Any], name: str) -> str:
+    text = str(options.get(name, "(absent)"))
+    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 def _remove_run(folder: Path) -> None:
@@ -176,11 +182,11 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; RunFolderError if it is missing or damaged."""
+    """The value in a JSON file; RunFolderError if it is missing or damaged, or holds numbers that are not finite."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(read_bounded(Path(path)).decode("utf-8"), finite=True)
     except OSError as error:
-        raise RunFolderError(f"cannot read {path} ({error.strerror}): check the folder and its permissions") from error
+        raise RunFolderError(f"cannot read {path} ({reason(error)}): check the folder and its permissions") from error
     except ValueError as error:
         raise RunFolderError(f"{path} is damaged (not JSON): remove it or start the run with --overwrite") from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils.errors import RunFolderError
 from utils.jobs import read_failure
+from utils.results import fault_of_results
 from utils.run_folder import atomic_file, read_json
 from utils.run_grid import Grid, run_folders, seed_of
 from utils.table_formats import csv_text, markdown_text, tex_text
@@ -26,8 +27,9 @@ def collect_results(root: Path) -> list[dict]:
         except RunFolderError as error:
             warnings.warn(f"left out of the table: {error}", stacklevel=2)
             continue
-        if not isinstance(result, dict):
-            warnings.warn(f"left out of the table: {path} is damaged (not a table of results)", stacklevel=2)
+        fault = fault_of_results(result)
+        if fault:
+            warnings.warn(f"left out of the table: {path} is damaged ({fault})", stacklevel=2)
             continue
         tag_folder = path.parent.parent
         place = {"dataset": tag_folder.parent.parent.name, "scene": tag_folder.parent.name}
