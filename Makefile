@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz gpu-check clean
+.PHONY: demo test test-ray fuzz gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python run.py --demo --compare
@@ -12,6 +12,10 @@ test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Minutes: a sweep of 16 runs on a local Ray cluster that loses a node, beside the same sweep in one process.
+test-ray: $(VENV)/ready
+	RAY_SWEEP=1 $(BIN)/python -m pytest tests/test_ray.py
 
 # Ten thousand damaged scenes, config files, checkpoints and results, each of which must be read or refused in words.
 # Writes benchmarks/results/fuzz.json; FUZZ="--seed 2 --count 1000" tries others.

@@ -219,6 +219,7 @@ OPTIONS = {
         Option("shard", SHARD, None, "only part i of n of the runs, i = 0 .. n - 1"),
         Option("gpus", GPUS, None, "one run at a time on each of these CUDA devices: all, or numbers with commas"),
         Option("jobs", whole(1), 1, "runs at a time where gpus is not given"),
+        Option("launcher", one_of("local", "ray"), "local", "where runs go: this machine, or those of a Ray cluster"),
     ),
     "data": (
         Option("data_folder", PATH, "./data", "folder that holds nerf_synthetic, Synthetic_NSVF, ..."),
@@ -633,3 +634,7 @@ def _sweep_faults(values: dict[str, Any], sources: dict[str, str]):
         yield "device", "gpus gives each run its device; give one of the two"
     if values["gpus"] and values["jobs"] > 1:
         yield "jobs", "with gpus there is one run at a time on each; give one of the two"
+    if values["launcher"] == "ray":
+        for name, given in (("gpus", values["gpus"]), ("jobs", values["jobs"] > 1)):
+            if given:
+                yield name, "a Ray cluster knows its machines and what they can take; give this or launcher = ray"

@@ -89,7 +89,8 @@ def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:
     plan = planned_runs(arguments, use_cuda)
     if chosen.check_only:
         return check_scenes(plan)
-    if len(plan) == 1 and not any(getattr(chosen, name) for name in ("compare", "dry_run", "shard", "gpus")):
+    several = any(getattr(chosen, name) for name in ("compare", "dry_run", "shard", "gpus"))
+    if len(plan) == 1 and not several and chosen.launcher == "local":
         return run_one(plan[0])
     return run_several(plan, chosen)
 
@@ -143,6 +144,10 @@ def job_of(options: Namespace, retry: bool = False):
 
 def make_launcher(chosen: Namespace):
     """What carries out the runs of a sweep. Raises OptionError if the command line asks for what is not there."""
+    if chosen.launcher == "ray":
+        from utils.ray_launcher import RayLauncher
+
+        return RayLauncher(JOB_COMMAND)
     from utils.launchers import LocalLauncher, local_slots
 
     n_devices = 0
@@ -168,7 +173,8 @@ def dataset_runs(arguments: Sequence[str], use_cuda: int) -> list[Namespace]:
     if chosen[0].compare or chosen[0].strategies:
         chosen = [parse_options([*arguments, *more]) for more in variant_arguments(chosen[0], arguments)]
     for options in chosen:
-        options.device = "cuda:0" if options.gpus else choose_device(options.device, use_cuda)
+        if options.launcher == "local":  # Ray's machines are not this one
+            options.device = "cuda:0" if options.gpus else choose_device(options.device, use_cuda)
     if not all(is_finished(options) for options in chosen):
         for options in chosen:
             check_ready(options)

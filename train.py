@@ -38,7 +38,7 @@ from utils.curves import read_curves
 from utils.device import choose_device, device_name
 from utils.errors import CheckpointError, SceneError, UserError
 from utils.logs import RunLog
-from utils.memory import MemoryMeter, keep_freed_memory, tensors_mb
+from utils.memory import MemoryMeter, keep_freed_memory, objects_set_aside, tensors_mb
 from utils.run_folder import git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
 from utils.run_lock import RunLock, run_lock
 from utils.seeds import make_generator
@@ -103,7 +103,7 @@ def train_in(
 ) -> dict:
     """Train, or go on training, in a folder that is locked; see `run`."""
     found = preflight(options, folder, device)
-    found.problems.raise_any(str(found.folder))
+    found.require_good()
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
@@ -112,7 +112,7 @@ def train_in(
     memory = MemoryMeter(device)
     memory.start()
     with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
-        scenes = found.load()
+        scenes = {split: load_split(options, split, found) for split in ("train", "test")}
         stop_if_asked()
         trainer = Trainer(options, folder, device, scenes, perceptual, memory, lock)
         afresh = options.overwrite or latest_checkpoint(folder) is None
@@ -126,7 +126,7 @@ def train_in(
             say(f"resuming {folder} at iteration {trainer.iteration}")
         trainer.open_log()
         try:
-            with torch.autograd.set_detect_anomaly(options.debug):
+            with torch.autograd.set_detect_anomaly(options.debug), objects_set_aside():
                 trainer.train(started, stop_after)
             return trainer.finish()
         finally:
@@ -177,8 +177,10 @@ def check_lines(options: Namespace, folder: Path) -> tuple[list[str], bool]:
     return [*map(str, found.plans.values()), *found.problems.lines(), *notes], bool(found.problems)
 
 
-def load_split(options: Namespace, split: str) -> Scene:
-    """The training or test views of the options' scene, on the CPU."""
+def load_split(options: Namespace, split: str, found: Inspection | None = None) -> Scene:
+    """The training or test views of the options' scene, on the CPU; found: the scene, where it was looked at before."""
+    if found is not None:
+        return found.load(split)
     return load_scene(
         options.nerf_dataset,
         options.data_folder,
@@ -357,7 +359,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue where `state_dict` was taken. Raises CheckpointError if the file is damaged or another run's."""
         self.field, state = load_field(path, self.device, self.config)
-        trained_on = state.get("device", self.device.type)
+        trained_on = str(state.get("device", self.device.type))
         if trained_on != self.device.type:
             raise CheckpointError(
                 f"{path} was trained on {trained_on}, whose random streams {self.device.type} cannot continue: go on "

@@ -1,3 +1,4 @@
+import gc
 import mmap
 import time
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from utils import memory
-from utils.memory import MB, MemoryMeter, tensors_mb
+from utils.memory import MB, MemoryMeter, objects_set_aside, tensors_mb
 from utils.timing import PHASES, PhaseTimer, eta_text
 
 SIZE_MB = 64
@@ -169,3 +170,11 @@ def test_tensors_that_share_storage_are_counted_once():
     base = torch.zeros(MB, dtype=torch.float32)
     assert tensors_mb([base, base[:10], base.view(2, -1)]) == 4.0
     assert tensors_mb([base, base.clone()]) == 8.0
+
+
+def test_objects_set_aside_are_looked_at_again_afterwards():
+    before = gc.get_freeze_count()
+    with pytest.raises(KeyError), objects_set_aside():
+        assert gc.get_freeze_count() > before + 1000
+        raise KeyError
+    assert gc.get_freeze_count() == 0

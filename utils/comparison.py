@@ -8,12 +8,11 @@ from pathlib import Path
 
 from utils.plots import write_figures
 from utils.run_folder import atomic_file
-from utils.tables import MISSING, collect_results
+from utils.run_grid import baseline_of, mixed_settings, number, tag_order
+from utils.table_formats import MISSING
+from utils.tables import collect_results
 
 FOLDER = "comparison"
-# The row that others are compared with: the standard sampler on the same kind of field.
-BASELINES = {"TensorCP": "full_cp"}
-BASELINE = "full"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Column:
         value = run
         for key in self.path:
             value = value.get(key) if isinstance(value, dict) else None
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return number(value)
 
 
 def _column(path: str, heading: str, digits: int) -> Column:
@@ -109,8 +108,7 @@ def _finished(folder: Path) -> bool:
 
 def rows_by_tag(runs: list[dict]) -> dict[str, list[dict]]:
     """Runs by tag, each by seed; the baseline first, the others in alphabetical order."""
-    first = (BASELINE, *BASELINES.values())
-    tags = sorted({run["tag"] for run in runs}, key=lambda tag: (tag not in first, tag))
+    tags = sorted({run["tag"] for run in runs}, key=tag_order)
     return {tag: sorted((r for r in runs if r["tag"] == tag), key=lambda r: r.get("seed", 0)) for tag in tags}
 
 
@@ -119,11 +117,6 @@ def paired_differences(rows: dict[str, list[dict]], tag: str, key: str = "psnr")
     base = {run.get("seed"): run.get(key) for run in rows.get(baseline_of(rows[tag]), [])}
     pairs = [(run.get(key), base.get(run.get("seed"))) for run in rows[tag]]
     return [mine - other for mine, other in pairs if mine is not None and other is not None]
-
-
-def baseline_of(group: list[dict]) -> str:
-    """The tag of the row that a row of runs is compared with."""
-    return BASELINES.get(group[0].get("model_name"), BASELINE)
 
 
 def changed_settings(rows: dict[str, list[dict]], tag: str) -> dict:
@@ -193,16 +186,11 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
             told = ", ".join(f"{k} = {v}" for k, v in other.items())
             lines.append(f"**careful**: {tag} ran under another protocol ({told}), which its differences hold too")
     lines += [
-        f"**careful**: the runs of {tag} do not have the same settings" for tag, group in rows.items() if _mixed(group)
+        f"**careful**: the runs of {tag} do not have the same settings"
+        for tag, group in rows.items()
+        if mixed_settings(group)
     ]
     return lines + [f"**missing**: {name} is not finished" for name in unfinished]
-
-
-def _mixed(group: list[dict]) -> bool:
-    """Whether runs of one row differ in more than the seed and where they lie."""
-    leave = ("seed", "seeds", "strategies", "compare", "overwrite", "save_dir", "debug", "device", "data_folder")
-    settings = [{k: v for k, v in (run.get("options") or {}).items() if k not in leave} for run in group]
-    return any(other != settings[0] for other in settings)
 
 
 def _record(tag: str, group: list[dict], rows: dict[str, list[dict]]) -> dict[str, object]:

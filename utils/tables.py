@@ -1,29 +1,27 @@
-"""The results of many runs as one table: mean and spread over seeds, then the mean over scenes."""
+"""The results of many runs as tables, from what the runs left on the disk and nothing else."""
 
-import csv
-import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import RunFolderError
+from utils.jobs import read_failure
 from utils.results import fault_of_results
 from utils.run_folder import atomic_file, read_json
-
-# column: digits after the point
-METRICS = {"psnr": 2, "ssim": 4, "lpips_alex": 4, "lpips_vgg": 4, "train_seconds": 1, "peak_memory_mb": 0}
-FACTS = ("n_iters", "batch_size", "device", "commit")
-COLUMNS = ("dataset", "scene", "tag", "seeds", *METRICS, *FACTS)
-MISSING = "n/a"
+from utils.run_grid import Grid, run_folders, seed_of
+from utils.table_formats import csv_text, markdown_text, tex_text
+from utils.table_rows import notes_of, one_line, rows_of
 
 
 def collect_results(root: Path) -> list[dict]:
-    """The content of every results.json under `root`, by path, with `tag` and `folder` (its run's) added.
+    """The content of every run's results.json under `root`, by path, with `tag` and `folder` (the run's) added.
 
     A damaged file is skipped with a warning that names it.
     """
     results = []
-    for path in sorted(Path(root).rglob("results.json")):
+    for path in (folder / "results.json" for folder in run_folders(root)):
+        if not path.exists():
+            continue
         try:
             result = read_json(path)
         except RunFolderError as error:
@@ -39,67 +37,54 @@ def collect_results(root: Path) -> list[dict]:
     return results
 
 
+def read_grids(root: Path) -> list[Grid]:
+    """A grid for each data set that has runs under `root`, which is its folder or one above."""
+    root = Path(root).absolute()
+    results = {result["folder"]: result for result in collect_results(root)}
+    grids: dict[str, Grid] = {}
+    for folder in run_folders(root):
+        scene, dataset = folder.parent.parent.name, folder.parent.parent.parent.name
+        grid = grids.setdefault(dataset, Grid(dataset))
+        key = (scene, folder.parent.name, seed_of(folder))
+        if str(folder) in results:
+            grid.finished[key] = results[str(folder)]
+        else:
+            grid.unfinished[key] = _why_unfinished(folder)
+    return [grids[name] for name in sorted(grids)]
+
+
+def _why_unfinished(folder: Path) -> str:
+    if (folder / "results.json").exists():
+        return "its results.json is damaged"
+    failure = read_failure(folder)
+    return f"failed: {one_line(failure)}" if failure else "started, not finished"
+
+
 def write_tables(root: Path) -> None:
-    """Write res_table.md and res_table.csv in `root` from the results.json files under it.
+    """Write res_table.md, .csv and .tex in `root` from the files of the runs under it.
 
-    One row for each (dataset, scene, tag): mean +- standard deviation (n - 1) over its seeds; then one row for each
-    (dataset, tag) with the mean of its scenes' means. Raises RunFolderError if they cannot be written.
+    A row for each (data set, scene, tag): mean and standard deviation over its seeds, and of the paired difference to
+    `full`; then, of several scenes, one for each (data set, tag). Raises RunFolderError if they cannot be written.
     """
-    rows = _rows(collect_results(root))
-    with atomic_file(Path(root) / "res_table.md", "w") as file:
-        file.write(_markdown(rows))
-    with atomic_file(Path(root) / "res_table.csv", "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    seen = None
+    # Another process may end a run, and write the tables, while ours are made: ours must not bring back older ones.
+    while seen != (now := _traces(root)):
+        seen = now
+        tables = [(rows_of(grid), notes_of(grid)) for grid in read_grids(root)]
+        rows = [row for table_rows, _ in tables for row in table_rows]
+        notes = [note for _, table_notes in tables for note in table_notes]
+        texts = {"md": markdown_text(rows, notes), "csv": csv_text(rows), "tex": tex_text(tables)}
+        for ending, text in texts.items():
+            with atomic_file(Path(root) / f"res_table.{ending}", "w") as file:
+                file.write(text)
 
 
-def _rows(results: list[dict]) -> list[dict[str, str]]:
-    rows, mean_rows = [], []
-    runs_by_row = _grouped(results, lambda run: (run["dataset"], run["scene"], run["tag"]))
-    for (dataset, scene, tag), runs in runs_by_row.items():
-        spread = {key: _mean_and_spread(_numbers(runs, key), digits) for key, digits in METRICS.items()}
-        rows.append(_row(dataset, scene, tag, runs, spread))
-    for (dataset, tag), runs in _grouped(results, lambda run: (run["dataset"], run["tag"])).items():
-        scenes = _grouped(runs, lambda run: run["scene"])
-        means = {key: _mean_of_scenes(scenes.values(), key, digits) for key, digits in METRICS.items()}
-        mean_rows.append(_row(dataset, f"mean of {len(scenes)}", tag, runs, means))
-    return rows + mean_rows
-
-
-def _row(dataset: str, scene: str, tag: str, runs: list[dict], metrics: dict[str, str]) -> dict[str, str]:
-    seeds = len({str(run.get("seed")) for run in runs})
-    facts = {key: ", ".join(sorted({str(run[key]) for run in runs if run.get(key) is not None})) for key in FACTS}
-    facts = {key: text or MISSING for key, text in facts.items()}
-    return {"dataset": dataset, "scene": scene, "tag": tag, "seeds": str(seeds), **metrics, **facts}
-
-
-def _grouped(runs: list[dict], key: Callable[[dict], tuple | str]) -> dict:
-    groups: dict = {}
-    for run in sorted(runs, key=key):
-        groups.setdefault(key(run), []).append(run)
-    return groups
-
-
-def _numbers(runs: Iterable[dict], key: str) -> list[float]:
-    values = [run.get(key) for run in runs]
-    return [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-
-
-def _mean_and_spread(values: list[float], digits: int) -> str:
-    if not values:
-        return MISSING
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
-
-
-def _mean_of_scenes(scenes: Iterable[list[dict]], key: str, digits: int) -> str:
-    values = [_numbers(runs, key) for runs in scenes]
-    # A mean over some of the scenes would look better or worse than it is.
-    return f"{statistics.fmean(map(statistics.fmean, values)):.{digits}f}" if all(values) else MISSING
-
-
-def _markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    lines += [[row[column].replace("|", "\\|") for column in COLUMNS] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _traces(root: Path) -> list[tuple[str, int]]:
+    """What changes when a run starts, ends or fails: files and when they were written."""
+    traces = []
+    for folder in run_folders(root):
+        traces.append((str(folder), 0))
+        for path in (folder / "results.json", folder / "failed.json"):
+            with suppress(FileNotFoundError):
+                traces.append((str(path), path.stat().st_mtime_ns))
+    return traces

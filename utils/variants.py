@@ -25,6 +25,7 @@ SHARED = frozenset(
         "shard",
         "gpus",
         "jobs",
+        "launcher",
         "nerf_dataset",
         "nerf_scene",
         "data_folder",

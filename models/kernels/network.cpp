@@ -43,7 +43,7 @@ inline V at(const float* from) { return load<V>(from); }
 inline V where(Bits mask, V value) { return (V)((Bits)value & mask); }
 
 // done(i, j, sum) with sum = row i, columns j..j+LANES-1 of A B, where A(i, k) = a[i * row + k * column] over `depth`;
-// n a multiple of UNIT. `N` rows from i on and 2*LANES columns from j on are one block.
+// m, n multiples of UNIT or TILE. `N` rows from i on and 2*LANES columns from j on are one block.
 template <int N, class Done>
 inline void block(const float* a, int64_t row, int64_t column, const float* b, int64_t b_row, int64_t i, int64_t j,
                   int64_t depth, const Done& done) {
@@ -65,9 +65,8 @@ inline void product(const float* a, int64_t row, int64_t column, const float* b,
                     int64_t depth, const Done& done) {
     for (int64_t j = 0; j < n; j += 2 * LANES) {
         int64_t i = 0;
-        for (; i + ROWS <= m; i += ROWS) block<ROWS>(a, row, column, b, b_row, i, j, depth, done);
-        for (; i + 4 <= m; i += 4) block<4>(a, row, column, b, b_row, i, j, depth, done);
-        for (; i < m; ++i) block<1>(a, row, column, b, b_row, i, j, depth, done);
+        for (; m - i > 8 || m - i == ROWS; i += ROWS) block<ROWS>(a, row, column, b, b_row, i, j, depth, done);
+        for (; i < m; i += 4) block<4>(a, row, column, b, b_row, i, j, depth, done);  // 4 or 8 that are left
     }
 }
 
