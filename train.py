@@ -103,7 +103,7 @@ def train_in(
 ) -> dict:
     """Train, or go on training, in a folder that is locked; see `run`."""
     found = preflight(options, folder, device)
-    found.problems.raise_any(str(found.folder))
+    found.require_good()
     perceptual = load_perceptual_metrics(options.lpips_weights, device)
     for line in perceptual.lines:
         say(line)
@@ -112,7 +112,7 @@ def train_in(
     memory = MemoryMeter(device)
     memory.start()
     with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
-        scenes = found.load()
+        scenes = {split: load_split(options, split, found) for split in ("train", "test")}
         stop_if_asked()
         trainer = Trainer(options, folder, device, scenes, perceptual, memory, lock)
         afresh = options.overwrite or latest_checkpoint(folder) is None
@@ -178,8 +178,10 @@ def check_lines(options: Namespace, folder: Path) -> tuple[list[str], bool]:
     return [*map(str, found.plans.values()), *found.problems.lines(), *notes], bool(found.problems)
 
 
-def load_split(options: Namespace, split: str) -> Scene:
-    """The training or test views of the options' scene, on the CPU."""
+def load_split(options: Namespace, split: str, found: Inspection | None = None) -> Scene:
+    """The training or test views of the options' scene, on the CPU; found: the scene, where it was looked at before."""
+    if found is not None:
+        return found.load(split)
     return load_scene(
         options.nerf_dataset,
         options.data_folder,
@@ -358,7 +360,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue where `state_dict` was taken. Raises CheckpointError if the file is damaged or another run's."""
         self.field, state = load_field(path, self.device, self.config)
-        trained_on = state.get("device", self.device.type)
+        trained_on = str(state.get("device", self.device.type))
         if trained_on != self.device.type:
             raise CheckpointError(
                 f"{path} was trained on {trained_on}, whose random streams {self.device.type} cannot continue: go on "

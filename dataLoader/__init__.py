@@ -59,13 +59,15 @@ class Inspection:
     plans: Mapping[str, SplitPlan]
     problems: Problems
 
-    def load(self, progress: bool = True) -> dict[str, Scene]:
-        """The splits, decoded, on the CPU. Raises SceneError or OptionError for the problems, or for a file that cannot
-        be decoded; warns of what is odd."""
+    def require_good(self) -> None:
+        """Raise SceneError or OptionError for the problems; without any, warn of what is odd."""
         self.problems.raise_any(str(self.folder))
         for line in self.problems.notes:
             warnings.warn(line, stacklevel=2)
-        return {split: assemble_scene(plan, progress) for split, plan in self.plans.items()}
+
+    def load(self, split: str, progress: bool = True) -> Scene:
+        """A split of a good scene, decoded, on the CPU. SceneError for a file that cannot be decoded."""
+        return assemble_scene(self.plans[split], progress)
 
 
 def inspect_scene(
@@ -118,7 +120,8 @@ def load_scene(
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     found = inspect_scene(dataset, data_folder, scene, {split: downsample}, progress=progress, **options)
-    return found.load(progress)[split]
+    found.require_good()
+    return found.load(split, progress)
 
 
 def _existing_folder(dataset: str, data_folder: str | Path, scene: str, progress: bool) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import OptionError, SceneError
-from utils.files import is_regular, parse_json, read_bounded, reason
+from utils.files import MAX_TEXT_BYTES, is_regular, parse_json, read_bounded, reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 WHERE_DATA_COMES_FROM = "data/README.md says where the data sets come from and how their folders look"
@@ -15,6 +15,8 @@ MIN_DETERMINANT = 1e-6
 ROTATION_TOLERANCE = 0.05
 # World units: beyond, float32 rays have no digits left for a scene.
 MAX_COORDINATE = 1e9
+# A pose, a box or intrinsics.
+MAX_NUMBERS_BYTES = 2**20
 
 
 def first_few(names: Sequence[object], count: int = 3) -> str:
@@ -45,10 +47,10 @@ def list_folder(folder: Path) -> list[Path]:
         raise SceneError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from error
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of the data set; SceneError if it is missing, no text, or larger than such files are."""
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """The text of a file of the data set; SceneError if it is missing, no text, or larger than `limit` bytes."""
     try:
-        return read_bounded(require_file(path)).decode("utf-8-sig")
+        return read_bounded(require_file(path), limit).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SceneError(f"{path}: cannot be read as text ({reason(error)}); restore it from the data set") from error
 
@@ -92,7 +94,7 @@ def field_of_view(value: object, where: str) -> float:
 
 def read_numbers(path: Path, at_least: int) -> np.ndarray:
     """All numbers of a text file, [n] float64, n >= at_least; SceneError for other words, NaN or too few."""
-    words = read_text(path).replace(",", " ").split()
+    words = read_text(path, MAX_NUMBERS_BYTES).replace(",", " ").split()
     try:
         numbers = np.array([float(word) for word in words])
     except ValueError as error:

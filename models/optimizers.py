@@ -24,7 +24,11 @@ def make_adam(groups: list[dict]) -> torch.optim.Adam:
 def load_adam(optimizer: torch.optim.Adam, state: Mapping) -> None:
     """Give a new optimiser of `make_adam` the state that another one had. Raises ValueError, KeyError or TypeError if
     the state, which may come from anywhere, does not fit: the kernels write where its moments should be."""
-    check_like(optimizer.state_dict()["param_groups"], state["param_groups"], "optimizer")
+    groups = optimizer.state_dict()["param_groups"]
+    check_like(groups, state["param_groups"], "optimizer")
+    for ours, theirs in zip(groups, state["param_groups"], strict=True):
+        if any(theirs[name] != value for name, value in ours.items() if name != "lr") or theirs["lr"] < 0:
+            raise ValueError("optimizer/param_groups has other settings")
     check_like({number: {} for number in state["state"]}, state["state"], "optimizer")
     optimizer.load_state_dict(state)
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

@@ -1,5 +1,6 @@
 """Files made to run code, hang a program or fill its memory are refused in words, and soon."""
 
+import copy
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 from dataLoader import load_scene
 from dataLoader.images import decode_images, read_header
 from models.files import load_field
+from models.optimizers import load_adam, make_adam
 from opt import parse_options
 from tests import fuzz_inputs
 from tests.fuzz_mutators import png_chunk
@@ -97,7 +99,7 @@ def test_json_that_is_nested_too_deeply_is_refused(syn, text):
 
 def test_ten_million_frames_are_refused_before_they_are_parsed(syn):
     (syn / "transforms_train.json").write_text('{"frames": [' + "{}," * 12_000_000 + "{}]}")
-    with pytest.raises(SceneError, match="larger than 32 MiB"):
+    with pytest.raises(SceneError, match="larger than 16 MiB"):
         load(syn)
 
 
@@ -401,6 +403,29 @@ def test_a_checkpoint_that_is_no_regular_file_is_not_waited_for(tmp_path, what):
     refused(path, "no such checkpoint")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(1)),
+        lambda s: s["state"][0].update(exp_avg_sq=s["state"][0]["exp_avg_sq"] - 1e-3),
+        lambda s: s["state"][0].update(step=torch.tensor(-5.0)),
+        lambda s: s["param_groups"][0].update(betas=(2.0, 3.0)),
+        lambda s: s["param_groups"][0].update(lr=float("nan")),
+        lambda s: s["state"].update({0: torch.zeros(3)}),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_before_a_kernel_writes_to_them(change):
+    parameter = torch.nn.Parameter(torch.ones(1, 4, 8, 8).contiguous(memory_format=torch.channels_last))
+    old, new = (make_adam([{"params": [parameter], "lr": 0.1}]) for _ in range(2))
+    parameter.grad = torch.ones_like(parameter)
+    old.step()
+    load_adam(new, copy.deepcopy(old.state_dict()))
+    state = copy.deepcopy(old.state_dict())
+    change(state)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        load_adam(new, state)
+
+
 # --- what runs leave ---
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "NaN", "1e999", '{"a": ' + "9" * 5000 + "}", "\0", '{"psnr": Infinity}']
@@ -421,7 +446,9 @@ def test_a_line_of_a_log_without_end_costs_nothing(tmp_path):
     with open(tmp_path / "metrics.jsonl", "w") as file:
         file.write(good + "[" * 5_000_000 + "\n" + good.replace("10", "20"))
     assert read_curves(tmp_path / "metrics.jsonl")[0]["iteration"] == [10, 20]
-    (tmp_path / "pipe.jsonl").unlink(missing_ok=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n" * 16_000_000)
+    with pytest.raises(RunFolderError, match="is damaged"):
+        read_curves(tmp_path / "metrics.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(RunFolderError, match="not a regular file"):
         read_curves(tmp_path / "pipe.jsonl")

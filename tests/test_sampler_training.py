@@ -36,8 +36,8 @@ def wide(monkeypatch):
     """Every scene loses rows at its top and bottom: images are twice as wide as high."""
     load = train.load_split
 
-    def cropped(options, split):
-        scene = load(options, split)
+    def cropped(options, split, *found):
+        scene = load(options, split, *found)
         rows = scene.height // 4
         intrinsics = scene.intrinsics.clone()
         intrinsics[:, 3] -= rows
@@ -165,8 +165,8 @@ def test_scenes_that_a_sampler_is_not_made_for_train_without_nan(
 ):
     load = train.load_split
 
-    def changed(options, split):
-        scene = load(options, split)
+    def changed(options, split, *found):
+        scene = load(options, split, *found)
         images = scene.images.clone()
         if split == "train" and case in ("blank", "hardly an edge"):
             images[..., :3], images[..., 3:] = 90, 255

@@ -9,6 +9,8 @@ from utils.files import open_regular, parse_json, reason
 MOST_POINTS = 200
 # Ours have some hundred bytes.
 MAX_LINE_BYTES = 2**16
+# A machine that dies tears a line; a file of nothing else is not worth reading to its end.
+MOST_BAD_LINES = 1000
 TRAINING = {
     "train_seconds": "time/train_seconds",
     "train_psnr": "train/PSNR",
@@ -41,6 +43,7 @@ def read_curves(path: Path) -> tuple[dict[str, list], dict[str, list]]:
 
 def _records(path: Path) -> Iterator[tuple[int, dict]]:
     """(step, numbers by tag) of each good line."""
+    bad = 0
     try:
         with open_regular(path) as file:
             while line := file.readline(MAX_LINE_BYTES):
@@ -48,7 +51,9 @@ def _records(path: Path) -> Iterator[tuple[int, dict]]:
                     record = parse_json(line.decode("utf-8", errors="replace"), finite=True)
                     yield int(record["step"]), {k: v for k, v in record.items() if _is_number(v)}
                 except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                    continue
+                    bad += 1
+                    if bad > MOST_BAD_LINES:
+                        raise RunFolderError(f"{path} is damaged: start the run with --overwrite") from None
     except OSError as error:
         raise RunFolderError(f"cannot read {path} ({reason(error)}): start the run with --overwrite") from error
 

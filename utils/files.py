@@ -8,8 +8,9 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
-# The largest description of a scene or result that is read: some 35,000 frames of a transforms.json.
-MAX_TEXT_BYTES = 32 * 2**20
+# The largest description of a scene or result that is read: some 17,000 frames of a transforms.json. Hostile JSON of
+# that size takes seconds and half a gigabyte.
+MAX_TEXT_BYTES = 16 * 2**20
 # Deeper JSON than this is nothing of ours, and would exhaust Python's stack in places.
 MAX_JSON_DEPTH = 32
 # Longer whole numbers become floats: none of ours need more, and Python's grow without bound.
