@@ -191,11 +191,13 @@ def test_a_lost_run_is_handed_in_again_and_a_failed_one_is_not(monkeypatch, tmp_
     assert fake.again == [False]
 
 
-def test_a_run_that_is_lost_too_often_fails_and_leaves_its_failure(monkeypatch, tmp_path):
-    job(tmp_path).folder.mkdir(parents=True)
-    (ended,), fake = outcomes(monkeypatch, tmp_path, [lost() for _ in range(MOST_LOSSES + 1)])
-    assert ended.state is State.FAILED
-    assert len(fake.again) == MOST_LOSSES + 1
+def test_a_run_that_is_lost_too_often_fails_and_leaves_its_failure_where_it_began(monkeypatch, tmp_path):
+    for began in (False, True):
+        if began:
+            job(tmp_path).folder.mkdir(parents=True)
+        (ended,), fake = outcomes(monkeypatch, tmp_path, [lost() for _ in range(MOST_LOSSES + 1)])
+        assert ended.state is State.FAILED
+        assert len(fake.again) == MOST_LOSSES + 1
     assert "WorkerCrashedError" in json.loads((job(tmp_path).folder / "failed.json").read_text())["error"]
 
 

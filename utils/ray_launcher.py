@@ -13,14 +13,14 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from utils.console import say
-from utils.errors import OptionError
+from utils.errors import OptionError, RunFolderError
 from utils.jobs import Job, Outcome, State, record_failure
 from utils.launchers import Event
 from utils.processes import LOG, start_run
@@ -120,7 +120,8 @@ class RayLauncher:
             return Outcome(State.STARTED, how)
         if task.losses > MOST_LOSSES:
             reason = f"{how}, the last of {task.losses} times"
-            record_failure(task.job.folder, reason, "lost", 1)
+            with suppress(RunFolderError):  # a run that never began has no folder
+                record_failure(task.job.folder, reason, "lost", 1)
             return Outcome(State.FAILED, reason)
         say(f"{task.job.name} {how}; it is handed in again")
         self._submit(task, mark)

@@ -17,7 +17,8 @@ from utils.signals import Preempted, stop_if_asked, stop_requests
 def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[Job], None]) -> None:
     """Start what a plan wants to be started and wait for its end.
 
-    after_run: called after every run that ended here, to bring tables up to date; its UserErrors stop nothing.
+    after_run: called after every run that ended here, to bring tables up to date; its UserErrors and OSErrors are told and
+    stop nothing.
     Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
     RunsFailed if runs have failed, now or before.
     """
@@ -68,5 +69,5 @@ def _pass_on(launcher: Launcher) -> bool:
 def _tolerantly(after_run: Callable[[Job], None], job: Job) -> None:
     try:
         after_run(job)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {job.name}: {error}\n")
