@@ -114,8 +114,8 @@ def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
 
     def update(job) -> None:
         if not chosen.render_only:
-            fresh.add((job.options["nerf_dataset"], job.options["nerf_scene"]))
             update_tables(job.options, chosen.compare)
+            fresh.add((job.options["nerf_dataset"], job.options["nerf_scene"]))
 
     failures = None
     try:
@@ -124,13 +124,21 @@ def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
         failures = error
     # What an earlier sweep finished may lack tables, or lie beside older ones.
     scenes = {(job.options["nerf_dataset"], job.options["nerf_scene"]): job for job in jobs}
+    trouble = None
     for scene, job in scenes.items():
-        if scene not in fresh:
-            update(job)
-        if chosen.compare:
-            tell_comparison(job.options)
+        try:
+            if scene not in fresh:
+                update(job)
+            if chosen.compare:
+                tell_comparison(job.options)
+        except (UserError, OSError) as error:
+            trouble = error
     if failures:
+        if trouble:
+            print(f"error: {trouble}", file=sys.stderr)
         raise failures
+    if trouble:
+        raise trouble
 
 
 def job_of(options: Namespace, retry: bool = False):

@@ -10,7 +10,7 @@ import pytest
 import run
 import utils.reports
 from opt import REPOSITORY
-from utils.errors import OptionError, SceneError
+from utils.errors import OptionError, RunFolderError, SceneError
 from utils.jobs import Outcome, State
 from utils.launchers import Event
 
@@ -180,6 +180,26 @@ def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monke
     out, err = capsys.readouterr()
     assert err.endswith("1 of 3 runs failed:\nsyn/drums/full/seed5: drums has no images: add them\n")
     assert "2 of 3: syn/drums/full/seed5 failed: drums has no images" in out
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_tables_that_cannot_be_written_hide_no_failed_run_and_are_tried_again(
+    monkeypatch, trained, scenes, capsys, fails
+):
+    tried = []
+
+    def full(folder):
+        tried.append(folder)
+        raise RunFolderError("cannot write res_table.md")
+
+    monkeypatch.setattr(utils.reports, "write_tables", full)
+    if fails:
+        trained.fail["drums"] = SceneError("drums has no images: add them")
+    assert start(monkeypatch, "--multi_data", "--seed", "5") == (1 if fails else 2)
+    assert len(tried) == 6
+    err = capsys.readouterr().err
+    assert "error: cannot write res_table.md" in err
+    assert ("drums/full/seed5: drums has no images" in err) is fails
 
 
 def test_the_demo_has_one_scene_even_with_multi_data(monkeypatch, trained, scenes):

@@ -17,9 +17,8 @@ from utils.signals import Preempted, stop_if_asked, stop_requests
 def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[Job], None]) -> None:
     """Start what a plan wants to be started and wait for its end.
 
-    after_run: called after every run that ended here, to bring tables up to date; its UserErrors and OSErrors are told and
-    stop nothing.
-    Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
+    after_run: called after every run that ended here, to bring tables up to date; its UserErrors and OSErrors are told
+    and stop nothing. Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
     RunsFailed if runs have failed, now or before.
     """
     starting = [planned.job for planned in plan if planned.starts]
