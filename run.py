@@ -12,10 +12,11 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
-from utils.errors import OptionError, RunLockedError, RunsFailed, SceneError, UserError
+from utils.errors import OptionError, RunFolderError, RunLockedError, RunsFailed, SceneError, UserError
 from utils.signals import PREEMPTED_EXIT_CODE, Preempted
 from utils.variants import Variant, parse_variants
 
@@ -338,7 +339,8 @@ def run_job() -> int:
             raise SystemExit(LOCKED_EXIT_CODE) from error
         except Exception as error:
             code = 2 if isinstance(error, UserError) else 1
-            record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
+            with suppress(RunFolderError):  # on a full disk, say: the error itself matters more
+                record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
             raise
 
     return exit_code(experiment, job.options["debug"])

@@ -263,6 +263,18 @@ def test_a_strategy_that_is_not_there_is_refused_before_anything_else(monkeypatc
     assert trained.runs == []
 
 
+def test_a_run_on_a_full_disk_still_tells_its_own_error(monkeypatch, trained, tmp_path, capsys):
+    def full(*arguments):
+        raise RunFolderError("cannot write failed.json")
+
+    one = run.job_of(run.planned_runs(["--nerf_scene", "lego"], 0)[0])
+    monkeypatch.setattr("utils.processes.receive_job", lambda: one)
+    monkeypatch.setattr("utils.jobs.record_failure", full)
+    trained.fail["lego"] = SceneError("lego: no images")
+    assert run.run_job() == 2
+    assert capsys.readouterr().err == "error: lego: no images\n"
+
+
 def test_help_works_from_another_folder_without_loading_torch(tmp_path):
     code = (
         "import runpy, sys; sys.argv = ['run.py', '--help']\n"
