@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
-from utils.errors import OptionError, RunFolderError, RunLockedError, RunsFailed, SceneError, UserError
+from utils.errors import OptionError, RunFolderError, RunLockedError, RunsFailed, RunsLeft, SceneError, UserError
 from utils.signals import PREEMPTED_EXIT_CODE, Preempted
 from utils.variants import Variant, parse_variants
 
@@ -355,7 +355,10 @@ def report(error: Exception, debug: bool) -> None:
 
 def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int:
     """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 75 when asked to stop with all
-    work saved, 130 when interrupted. debug: tracebacks; default: as the command line says."""
+    work saved or when runs are left to other machines, 130 when interrupted.
+
+    debug: tracebacks; default: as the command line says.
+    """
     try:
         experiments()
     except UserError as error:
@@ -363,7 +366,7 @@ def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int
         return 2
     except RunsFailed as error:
         print(error, file=sys.stderr)
-        return 1
+        return PREEMPTED_EXIT_CODE if isinstance(error, RunsLeft) else 1
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED_EXIT_CODE

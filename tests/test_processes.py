@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from utils.errors import RunFolderError, UserError
+from utils.errors import RunFolderError, RunsLeft, UserError
 from utils.jobs import Job, Outcome, Planned, State, read_failure, record_failure
 from utils.launchers import LocalLauncher
 from utils.processes import RunProcess, start_run
+from utils.run_lock import LOCK_NAME, run_lock
 from utils.sweep import carry_out
 
 PATIENCE_SECONDS = 30
@@ -185,3 +186,21 @@ def test_tables_that_cannot_be_written_do_not_stop_a_sweep(tmp_path, capsys, err
     plan = [Planned(one, State.NEW, "", starts=True) for one in jobs]
     carry_out(plan, LocalLauncher(python(""), [{}]), after_run)
     assert capsys.readouterr().err.splitlines() == ["error: a: no space", "error: b: no space"]
+
+
+@pytest.mark.parametrize("owner", ["here", "elsewhere", "finished"])
+def test_a_run_left_to_another_machine_is_told_and_its_sweep_does_not_count_as_done(tmp_path, capsys, owner):
+    one = job(tmp_path, n_iters=1)
+    plan = [Planned(one, State.RUNNING, "process 7 on elsewhere", starts=False)]
+    with run_lock(one.folder):
+        if owner == "elsewhere":
+            lock = one.folder / LOCK_NAME
+            lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "elsewhere"}))
+        if owner == "finished":
+            (one.folder / "results.json").write_text("{}")
+        if owner == "elsewhere":
+            with pytest.raises(RunsLeft, match="not seen to be alive: the processes of a;"):
+                carry_out(plan, LocalLauncher(python(""), [{}]), lambda job: None)
+        else:
+            carry_out(plan, LocalLauncher(python(""), [{}]), lambda job: None)
+    assert capsys.readouterr().out.endswith("left to other processes: a\n")

@@ -147,6 +147,15 @@ def holder(folder: Path) -> str:
     return "" if _is_gone(owner, _myself(), age) else f"process {owner.pid} on {owner.host} since {owner.since}"
 
 
+def held_here(folder: Path) -> bool:
+    """Whether a living process of this machine works in a run's folder. Raises RunFolderError if that is not seen."""
+    path, me = Path(folder) / LOCK_NAME, _myself()
+    with naming_os_errors(path), suppress(FileNotFoundError):
+        owner, age = _read(path), time.time() - path.stat().st_mtime
+        return (owner.host, owner.machine) == (me.host, me.machine) and not _is_gone(owner, me, age)
+    return False
+
+
 def _myself() -> Owner:
     process, since = psutil.Process(), time.strftime("%Y-%m-%d %H:%M:%S")
     return Owner(socket.gethostname(), _machine(), process.pid, _start(process), since, secrets.token_hex(8))

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from utils.console import say
-from utils.errors import RunsFailed, UserError
-from utils.jobs import Job, Outcome, Planned, State
+from utils.errors import RunFolderError, RunsFailed, RunsLeft, UserError
+from utils.jobs import Job, Outcome, Planned, State, folder_state
 from utils.launchers import Launcher
 from utils.overview import Overview
+from utils.run_lock import held_here
 from utils.signals import Preempted, stop_if_asked, stop_requests
 
 
@@ -18,8 +19,9 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     """Start what a plan wants to be started and wait for its end.
 
     after_run: called after every run that ended here, to bring tables up to date; its UserErrors and OSErrors are told
-    and stop nothing. Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
-    RunsFailed if runs have failed, now or before.
+    and stop nothing. Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before
+    all was done, RunsLeft if runs were left to processes that may no longer live, RunsFailed if runs have failed, now
+    or before.
     """
     starting = [planned.job for planned in plan if planned.starts]
     outcomes = {p.job.name: Outcome(p.state, p.reason) for p in plan}
@@ -50,8 +52,23 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     if stopped:
         lines = [f"stopped with {len(stopped)} of {len(plan)} runs to go; the same command again goes on"]
         raise Preempted("\n".join((told if failed else []) + lines))
+    left = [planned.job for planned in plan if outcomes[planned.job.name].state is State.RUNNING]
+    if left:
+        say(f"left to other processes: {', '.join(job.name for job in left)}")
+    unsure = [job.name for job in left if not _in_good_hands(job)]
+    if unsure:
+        lines = [f"not seen to be alive: the processes of {', '.join(unsure)}; ask again, with the same command"]
+        raise RunsLeft("\n".join((told if failed else []) + lines))
     if failed:
         raise RunsFailed("\n".join(told))
+
+
+def _in_good_hands(job: Job) -> bool:
+    """Whether a run is finished, or a living process of this machine is at it; of others one cannot be sure."""
+    try:
+        return folder_state(job.folder)[0] is State.FINISHED or held_here(job.folder)
+    except RunFolderError:
+        return False
 
 
 def _pass_on(launcher: Launcher) -> bool:
