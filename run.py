@@ -17,7 +17,7 @@ from pathlib import Path
 
 from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
 from utils.errors import OptionError, RunFolderError, RunLockedError, RunsFailed, RunsLeft, SceneError, UserError
-from utils.signals import PREEMPTED_EXIT_CODE, Preempted
+from utils.signals import PREEMPTED_EXIT_CODE, Preempted, stop_if_asked, stop_requests
 from utils.variants import Variant, parse_variants
 
 CONFIG = str(REPOSITORY / "configs/lego.txt")
@@ -111,6 +111,7 @@ def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
     from utils.reports import tell_comparison, update_tables
     from utils.sweep import carry_out
 
+    stop_if_asked()
     fresh: set[tuple[str, str]] = set()
 
     def update(job) -> None:
@@ -286,6 +287,7 @@ def check_scenes(plan: Sequence[Namespace]) -> None:
     lines = {(o.nerf_dataset, o.nerf_scene): {} for o in first_seed}
     faulty = set()
     for options in first_seed:
+        stop_if_asked()
         scene = options.nerf_dataset, options.nerf_scene
         told, problems = train.check_lines(options, run_folder_of(options))
         lines[scene] |= dict.fromkeys(told)
@@ -312,6 +314,7 @@ def train_one(options: Namespace) -> None:
     """Train (or render) as the options say, in this process."""
     import train
 
+    stop_if_asked()
     train.run(options)
 
 
@@ -360,7 +363,8 @@ def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int
     debug: tracebacks; default: as the command line says.
     """
     try:
-        experiments()
+        with stop_requests():  # from the first moment, while modules are still imported
+            experiments()
     except UserError as error:
         report(error, "--debug" in sys.argv if debug is None else debug)
         return 2

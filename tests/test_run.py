@@ -1,5 +1,6 @@
 """run.py: what each experiment runs, what it passes on, and how it ends."""
 
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -273,6 +274,19 @@ def test_a_run_on_a_full_disk_still_tells_its_own_error(monkeypatch, trained, tm
     trained.fail["lego"] = SceneError("lego: no images")
     assert run.run_job() == 2
     assert capsys.readouterr().err == "error: lego: no images\n"
+
+
+@pytest.mark.parametrize("arguments", [["--nerf_scene", "lego"], ["--seeds", "2"]])
+def test_a_signal_before_training_ends_with_75(monkeypatch, trained, capsys, arguments):
+    def while_planning(*more):
+        signal.raise_signal(signal.SIGTERM)
+        return planned(*more)
+
+    planned = run.planned_runs
+    monkeypatch.setattr(run, "planned_runs", while_planning)
+    assert start(monkeypatch, *arguments) == 75
+    assert trained.runs == []
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command again goes on from here\n"
 
 
 def test_help_works_from_another_folder_without_loading_torch(tmp_path):
