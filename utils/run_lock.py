@@ -117,8 +117,11 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise RunLockedError if the lock was lost: to a process that had to believe this one gone."""
-        if not self._is_mine():
+        """Raise RunLockedError if the lock was lost: to a process that had to believe this one gone, RunFolderError
+        if that cannot be seen."""
+        with naming_os_errors(self._path):
+            mine = self._is_mine()
+        if not mine:
             raise RunLockedError(
                 f"{self._path.parent} was taken over by another process, or its {LOCK_NAME} removed, while this one "
                 "stood still: look who trains there before starting again"
