@@ -596,7 +596,7 @@ class Trainer:
             raise SceneError(
                 f"{self.scene.name}: no ray of the first {self.reported_iteration + len(read)} iterations met the box "
                 f"between near {self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then "
-                "start again with --overwrite"
+                "start this run again with --overwrite"
             )
         return read[:, 0].mean().item()
 
@@ -604,7 +604,7 @@ class Trainer:
         """The error for numbers that are no longer numbers; the checkpoints from before are never touched."""
         latest = latest_checkpoint(self.folder)
         kept = f"{latest.name} is from before it" if latest else "nothing was saved before"
-        return UserError(f"{what} ({kept}): lower --lr_init or --lr_basis and start again with --overwrite")
+        return UserError(f"{what} ({kept}): lower --lr_init or --lr_basis and start this run again with --overwrite")
 
     def log_steps(self, mse: float, step_ms: float, n_steps: int) -> None:
         """Scalars of the n_steps steps since the last call, to metrics.jsonl and TensorBoard."""

@@ -238,6 +238,11 @@ def test_a_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch, tmp_pat
         next(RayLauncher(["program"]).run([job(tmp_path)]))
 
 
+def test_ray_is_not_started_for_nothing(monkeypatch):
+    monkeypatch.setattr("utils.ray_launcher._import_ray", lambda: None)
+    assert list(RayLauncher(["program"]).run([])) == []
+
+
 def test_without_ray_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OptionError, match="pip install ray=="):

@@ -67,6 +67,8 @@ class RayLauncher:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Event]:
         """See Launcher. Raises OptionError if the cluster cannot be reached."""
+        if not jobs:
+            return
         with _connected(self._ray), _mark(jobs) as mark:
             has_gpus = self._ray.cluster_resources().get("GPU", 0) > 0
             for job in jobs:

@@ -8,11 +8,16 @@ from contextlib import closing
 
 from utils.console import say
 from utils.errors import RunFolderError, RunsFailed, RunsLeft, UserError
-from utils.jobs import Job, Outcome, Planned, State, folder_state
+from utils.jobs import RETRY_HINT, Job, Outcome, Planned, State, folder_state, leaves_failed
 from utils.launchers import Launcher
 from utils.overview import Overview
 from utils.run_lock import held_here
 from utils.signals import Preempted, stop_if_asked, stop_requests
+
+OVERWRITE_HINT = (
+    "careful: --overwrite starts every run of its command afresh, finished ones too; give it with --nerf_scene, "
+    "--strategy and --seed of one run (a failed run without a checkpoint needs --retry_failed alone)"
+)
 
 
 def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[Job], None]) -> None:
@@ -29,6 +34,8 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     for planned in plan:
         if not planned.starts and planned.state is not State.FINISHED:
             say(f"{planned.job.name} is not started: {planned.state}: {planned.reason}")
+    if leaves_failed(plan):
+        say(RETRY_HINT)
     with stop_requests():
         overview = Overview(len(starting))
         try:
@@ -49,6 +56,8 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     say(f"{len(plan)} runs: {', '.join(f'{counts[state]} {state}' for state in State if counts[state])}")
     failed = [n for n, outcome in outcomes.items() if outcome.state in (State.FAILED, State.REFUSED)]
     told = [f"{len(failed)} of {len(plan)} runs failed:", *(f"{name}: {outcomes[name].reason}" for name in failed)]
+    if any("--overwrite" in outcomes[name].reason for name in failed):
+        told.append(OVERWRITE_HINT)
     if stopped:
         lines = [f"stopped with {len(stopped)} of {len(plan)} runs to go; the same command again goes on"]
         raise Preempted("\n".join((told if failed else []) + lines))
