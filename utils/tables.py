@@ -85,6 +85,6 @@ def _traces(root: Path) -> list[tuple[str, int]]:
     for folder in run_folders(root):
         traces.append((str(folder), 0))
         for path in (folder / "results.json", folder / "failed.json"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 traces.append((str(path), path.stat().st_mtime_ns))
     return traces
