@@ -123,6 +123,7 @@ def train_in(
         prepare_run_folder(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT), options.overwrite)
         if not afresh:
             load_latest(folder, trainer.restore)
+            prune_checkpoints(folder)  # which a kill after the last one may have prevented
             say(f"resuming {folder} at iteration {trainer.iteration}")
         trainer.open_log()
         try:
@@ -413,7 +414,7 @@ class Trainer:
         if self.lock is not None:
             self.lock.check()
         save_checkpoint(self.state_dict(), self.folder / f"ckpt_{self.iteration}.th")
-        prune_checkpoints(self.folder, keep=2)
+        prune_checkpoints(self.folder)
 
     # --- training ---
 

@@ -153,6 +153,35 @@ def samplers() -> str:
     return table(head, rows, [r])
 
 
+def speed() -> str:
+    """lego200 as a whole, `full` by the packed path, with a bfloat16 network, and by the dense twin."""
+    names = {"full": "packed", "full-mlp_dtypebfloat16": "packed, `--mlp_dtype bfloat16`", "dense-twin": "dense twin"}
+    paths = {name: RESULTS / f"speed_lego200_{tag}_cpu.json" for tag, name in names.items()}
+    reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    head = [
+        "lego200, `full`",
+        "training, s (seeds)",
+        "test PSNR, dB (seeds)",
+        "ms a step: before mask",
+        "growing",
+        "after",
+    ]
+    head += ["step MB", "peak MB"]
+    rows = []
+    for name, report in reports.items():
+        runs = report["runs"]
+        cells = [f"{statistics.fmean(r['train_seconds'] for r in runs):.0f} ({figures(runs, 'train_seconds', 0)})"]
+        cells += [f"{report['psnr_mean']:.2f} ({figures(runs, 'psnr', 2)})"]
+        cells += [mean(runs, "stages", stage, "ms_per_step") for stage in ("before_mask", "growing", "after_mask")]
+        rows.append([name, *cells, mean(runs, "step_memory_mb"), mean(runs, "peak_memory_mb")])
+    return table(head, rows, list(reports.values()))
+
+
+def figures(runs: list[dict], key: str, digits: int) -> str:
+    """A figure, run by run."""
+    return ", ".join(f"{run[key]:.{digits}f}" for run in runs)
+
+
 def step() -> str:
     """One training step, packed path beside the dense twin."""
     lines = [
@@ -207,6 +236,7 @@ def scaling(kind: str = "cpu") -> str:
 
 
 TABLES = {"lego200": lego200, "fewer_rays": fewer_rays, "asked_first": asked_first, "samplers": samplers, "step": step}
+TABLES["speed"] = speed
 TABLES |= {"scaling": scaling, "scaling_cuda": partial(scaling, "cuda")}
 
 

@@ -141,7 +141,7 @@ class Field(nn.Module):
         view = rays.directions
         if c.ndc:
             view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
-        colour = self.colours(samples.position[coloured], view, samples.ray[coloured])
+        colour = self.colours(samples.position.index_select(0, coloured), view, samples.ray.index_select(0, coloured))
         rgb, opacity, distance = rendering.composite(weights, samples, coloured, colour)
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
         depth = distance + (1.0 - opacity.detach()) * c.far

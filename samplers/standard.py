@@ -7,8 +7,8 @@ from components.permutation import permute
 from components.pixel_sets import PixelSet, pixel_batch
 from components.types import PixelBatch, Scene
 
-# Batches permuted together: a permutation is a thousand small operations, and on CUDA each is a launch.
-_AHEAD, _OTHER_AHEAD = {"cpu": 1}, 64
+# Batches permuted together: a permutation is hundreds of small operations, and on CUDA each is a launch.
+_AHEAD, _OTHER_AHEAD = {"cpu": 8}, 64
 
 
 class StandardSampler:

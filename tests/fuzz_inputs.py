@@ -237,6 +237,11 @@ def main() -> int:
     for kind, seed, outcome, said in bad:
         print(f'--- {outcome}: python -m tests.fuzz_inputs --kind "{kind}" --only {seed}\n{said}')
     print(markdown(counts))
+    import torch  # late: it takes seconds, which the workers need not wait for
+
+    from utils.device import device_name
+    from utils.run_folder import git_commit
+
     seconds = time.perf_counter() - started
     print(f"{len(done)} inputs in {seconds:.0f} s, {len(bad)} met badly")
     facts = {
@@ -244,6 +249,8 @@ def main() -> int:
         "seed": options.seed,
         "processor_seconds_allowed": SECONDS,
         "megabytes_allowed": MEGABYTES,
+        "device": device_name(torch.device("cpu")),
+        "commit": git_commit(),
     }
     findings = [{"kind": kind, "number": seed, "outcome": outcome} for kind, seed, outcome, _ in bad]
     options.out.write_text(json.dumps({**facts, "counts": counts, "findings": findings}, indent=1) + "\n")

@@ -203,6 +203,15 @@ def test_more_samples_than_a_block_change_nothing(monkeypatch):
         close(a, b)
 
 
+@pytest.mark.parametrize("kept", [0, 64, 1024, 3328])
+def test_hidden_layers_that_are_made_again_are_those_that_were_stored(monkeypatch, kept):
+    with torch.random.fork_rng():
+        stored = shaded(compiled_network.colours, 27, 2, 2, 64, 3333)
+        monkeypatch.setattr(compiled_network, "_KEPT", kept)
+        made_again = shaded(compiled_network.colours, 27, 2, 2, 64, 3333)
+    assert all(torch.equal(a, b) for a, b in zip(made_again, stored, strict=True))
+
+
 def test_the_number_of_threads_changes_no_bit_of_the_network(monkeypatch):
     results = []
     for n in (1, 2, 3, 2):

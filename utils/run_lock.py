@@ -102,7 +102,7 @@ class RunLock:
         now = self._path.stat().st_mtime
         for path in self._path.parent.glob(f".{LOCK_NAME}.*"):
             with suppress(OSError):  # a start beside this one, which just removed it
-                if now - path.stat().st_mtime > STALE_SECONDS:
+                if _is_gone(_read(path), self._me, age=now - path.stat().st_mtime):
                     path.unlink()
 
     def release(self) -> None:

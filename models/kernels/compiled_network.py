@@ -3,7 +3,8 @@
 Letters: K samples, B rays, F features, P products, H hidden units; X, I inputs before and after encoding. Equal to
 appearance_feature followed by models.shading.FeatureNetwork up to rounding, in single precision. Inputs and both hidden
 layers are stored for the backward pass, 8*H + 128 bytes a sample for a usual network: making them again would repeat a
-quarter of a step's arithmetic. Products and encodings, several times as much, are cheap and made again.
+quarter of a step's arithmetic. That is done for what exceeds _KEPT samples, which the first steps have, before there is
+an alpha mask. Products and encodings, several times as much, are cheap and always made again.
 """
 
 import ctypes
@@ -18,10 +19,11 @@ from models.kernels import threads
 from models.kernels.compiled import libraries
 from models.kernels.compiled_lookups import CP_AXES, Factors, vm_order
 
-_UNIT = 32  # network.cpp's padding
+_UNIT, _TILE = 32, 64  # network.cpp's padding; samples it takes at once
 # Samples whose d loss / d products is held at once, 4*P bytes each, which should fit into a cache; parts of them whose
 # gradients of the weights are summed apart.
 _BLOCK, _SHARES = 1 << 13, 16
+_KEPT = 48 << 10  # samples whose hidden layers are stored, 55 MB
 
 
 class _Colours(ctypes.Structure):
@@ -109,9 +111,11 @@ class _Shaded(torch.autograd.Function):
         factors = [factor.contiguous(memory_format=torch.channels_last) for factor in tensors[7:]]
         call, n = _Call(pe, axes, position, view, ray, *parameters, *factors), len(position)
         rgb = position.new_empty(n, 3)
-        kept = [position.new_empty(n, width) if keep else None for width in (call.inputs, call.hidden, call.hidden)]
+        n_kept = min(-(-n // _TILE) * _TILE, _KEPT) if keep else 0
+        kept = [position.new_empty(n_kept, width) for width in (call.inputs, call.hidden, call.hidden)]
+        sizes = map(ctypes.c_int64, (n, n_kept))
         libraries()["network"].colours_forward(
-            ctypes.byref(call.struct), ctypes.c_int64(n), *map(_at, (rgb, *kept)), threads.count()
+            ctypes.byref(call.struct), *sizes, *map(_at, (rgb, *kept)), threads.count()
         )
         if keep:
             ctx.save_for_backward(position, view, ray, rgb, *kept, *parameters, *factors)
@@ -134,7 +138,7 @@ class _Shaded(torch.autograd.Function):
         for first, end in ((n * block // blocks, n * (block + 1) // blocks) for block in range(blocks)):
             to_products = position.new_empty(end - first, call.products)
             libraries()["network"].colours_backward(
-                *(ctypes.byref(call.struct), ctypes.c_int64(first), ctypes.c_int64(end)),
+                *(ctypes.byref(call.struct), *map(ctypes.c_int64, (first, end, len(kept[0])))),
                 *map(_at, (rgb, *kept, grad, to_products, to_view, own)),
                 *(ctypes.c_int64(_SHARES), threads.count()),
             )

@@ -166,6 +166,16 @@ struct Tile {
             store(out + i * H + j, where((sum > 0) | (sum != sum), sum));
         });
     }
+
+    // Both hidden layers of samples from..from+n-1 into one, two [TILE, H]; leaves their products and inputs here.
+    void hidden_layers(int64_t from, int64_t n, float* one, float* two) {
+        look_up(from, n);
+        product(products.data(), P, 1, c.basis_transposed, X, TILE, X, P, into(x.data(), I));
+        for (int64_t s = 0; s < n; ++s) std::copy_n(c.view + 3 * c.ray[from + s], 3, &x[s * I + c.features]);
+        encode(n);
+        layer(one, c.b1, x.data(), I, c.w1_transposed);
+        layer(two, c.b2, one, H, c.w2_transposed);
+    }
 };
 
 // Where the gradients of a share lie: basis transposed [P, X], w1 [H, I], b1, w2 [H, H], b2, w3 [3, H], b3 [UNIT].
@@ -183,50 +193,42 @@ struct Gradients {
     }
 };
 
-void forward_share(Tile& tile, int64_t begin, int64_t end, float* rgb, float* inputs, float* first, float* second) {
+void forward_share(Tile& tile, int64_t begin, int64_t end, int64_t kept, float* rgb, float* inputs, float* first,
+                   float* second) {
     const Colours& c = tile.c;
     const int64_t X = tile.X, H = tile.H, I = tile.I;
     for (int64_t from = begin; from < end; from += TILE) {
         const int64_t n = std::min(TILE, end - from);
-        tile.look_up(from, n);
-        product(tile.products.data(), tile.P, 1, c.basis_transposed, X, TILE, X, tile.P, into(tile.x.data(), I));
-        for (int64_t s = 0; s < n; ++s) {
-            std::copy_n(c.view + 3 * c.ray[from + s], 3, &tile.x[s * I + c.features]);
-            if (inputs) std::copy_n(&tile.x[s * I], X, inputs + (from + s) * X);
-        }
-        tile.encode(n);
-        // A whole tile goes where it is kept.
-        float *one = first && n == TILE ? first + from * H : tile.first.data();
-        float *two = second && n == TILE ? second + from * H : tile.second.data();
-        tile.layer(one, c.b1, tile.x.data(), I, c.w1_transposed);
-        tile.layer(two, c.b2, one, H, c.w2_transposed);
+        const bool keep = from + TILE <= kept;
+        float* one = keep ? first + from * H : tile.first.data();
+        float* two = keep ? second + from * H : tile.second.data();
+        tile.hidden_layers(from, n, one, two);
+        for (int64_t s = 0; keep && s < n; ++s) std::copy_n(&tile.x[s * I], X, inputs + (from + s) * X);
         for (int64_t s = 0; s < n; ++s) {
             V sum[3] = {};
             for (int64_t k = 0; k < H; k += LANES)
                 for (int o = 0; o < 3; ++o) sum[o] += at(two + s * H + k) * at(c.w3 + o * H + k);
             for (int o = 0; o < 3; ++o) rgb[(from + s) * 3 + o] = 1 / (1 + std::exp(-(c.b3[o] + total(sum[o]))));
         }
-        if (first && n < TILE) std::copy_n(one, n * H, first + from * H);
-        if (second && n < TILE) std::copy_n(two, n * H, second + from * H);
     }
 }
 
 // to_products [end - begin, P]: of the share's samples.
-void backward_share(Tile& tile, int64_t begin, int64_t end, const float* rgb, const float* inputs, const float* first,
-                    const float* second, const float* to_rgb, float* to_products, float* to_view,
+void backward_share(Tile& tile, int64_t begin, int64_t end, int64_t kept, const float* rgb, const float* inputs,
+                    const float* first, const float* second, const float* to_rgb, float* to_products, float* to_view,
                     const Gradients& sums) {
     const Colours& c = tile.c;
     const int64_t P = tile.P, X = tile.X, H = tile.H, I = tile.I;
     for (int64_t from = begin; from < end; from += TILE) {
         const int64_t n = std::min(TILE, end - from);
-        tile.look_up(from, n);
-        for (int64_t s = 0; s < n; ++s) std::copy_n(inputs + (from + s) * X, X, &tile.x[s * I]);
-        tile.encode(n);
-        const float *one = first + from * H, *two = second + from * H;
-        if (n < TILE) {  // what is beyond the last sample is read, times zero
-            std::copy_n(one, n * H, tile.first.data());
-            std::copy_n(two, n * H, tile.second.data());
-            one = tile.first.data(), two = tile.second.data();
+        const float *one = tile.first.data(), *two = tile.second.data();
+        if (from + TILE <= kept) {
+            one = first + from * H, two = second + from * H;
+            tile.look_up(from, n);
+            for (int64_t s = 0; s < n; ++s) std::copy_n(inputs + (from + s) * X, X, &tile.x[s * I]);
+            tile.encode(n);
+        } else {
+            tile.hidden_layers(from, n, tile.first.data(), tile.second.data());
         }
         float to_out[TILE][3] = {}, to_b3[3] = {};
         for (int64_t s = 0; s < n; ++s)
@@ -279,29 +281,30 @@ void backward_share(Tile& tile, int64_t begin, int64_t end, const float* rgb, co
 }  // namespace
 
 extern "C" {
-// rgb [K, 3] of samples 0..n-1; for the backward pass, unless null: inputs [K, X], both hidden layers [K, H].
-void colours_forward(const Colours* colours, int64_t n, float* rgb, float* inputs, float* first, float* second,
-                     int32_t threads) {
+// rgb [K, 3] of samples 0..n-1; for the backward pass, of whole tiles among the first `kept` samples: inputs [kept, X],
+// both hidden layers [kept, H].
+void colours_forward(const Colours* colours, int64_t n, int64_t kept, float* rgb, float* inputs, float* first,
+                     float* second, int32_t threads) {
     std::vector<Tile> tiles(threads, Tile(*colours));
     share_out((n + SHARE - 1) / SHARE, threads, [&](int64_t share, int32_t thread) {
         const FlushDenormals flush;
-        forward_share(tiles[thread], share * SHARE, std::min((share + 1) * SHARE, n), rgb, inputs, first, second);
+        forward_share(tiles[thread], share * SHARE, std::min((share + 1) * SHARE, n), kept, rgb, inputs, first, second);
     });
 }
 
 // Of samples begin..end-1: to_products [end - begin, P], to_view [K, 3] (which may be null), and adds the gradients of
 // basis and network to `own` [shares, size], as Gradients lays them out. Each share of the samples has sums of its own:
 // they do not depend on the number of threads.
-void colours_backward(const Colours* colours, int64_t begin, int64_t end, const float* rgb, const float* inputs,
-                      const float* first, const float* second, const float* to_rgb, float* to_products, float* to_view,
-                      float* own, int64_t shares, int32_t threads) {
+void colours_backward(const Colours* colours, int64_t begin, int64_t end, int64_t kept, const float* rgb,
+                      const float* inputs, const float* first, const float* second, const float* to_rgb,
+                      float* to_products, float* to_view, float* own, int64_t shares, int32_t threads) {
     std::vector<Tile> tiles(threads, Tile(*colours));
     const int64_t size = Gradients(tiles[0], own).end - own, n_tiles = (end - begin + TILE - 1) / TILE;
     share_out(shares, threads, [&](int64_t share, int32_t thread) {
         const FlushDenormals flush;
         const int64_t from = begin + n_tiles * share / shares * TILE;
         const int64_t to = std::min(begin + n_tiles * (share + 1) / shares * TILE, end);
-        backward_share(tiles[thread], from, to, rgb, inputs, first, second, to_rgb,
+        backward_share(tiles[thread], from, to, kept, rgb, inputs, first, second, to_rgb,
                        to_products + (from - begin) * tiles[0].P, to_view, Gradients(tiles[thread], own + share * size));
     });
 }
