@@ -12,11 +12,12 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
-from utils.errors import OptionError, RunLockedError, RunsFailed, SceneError, UserError
-from utils.signals import PREEMPTED_EXIT_CODE, Preempted
+from utils.errors import OptionError, RunFolderError, RunLockedError, RunsFailed, RunsLeft, SceneError, UserError
+from utils.signals import PREEMPTED_EXIT_CODE, Preempted, stop_if_asked, stop_requests
 from utils.variants import Variant, parse_variants
 
 CONFIG = str(REPOSITORY / "configs/lego.txt")
@@ -110,12 +111,13 @@ def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
     from utils.reports import tell_comparison, update_tables
     from utils.sweep import carry_out
 
+    stop_if_asked()
     fresh: set[tuple[str, str]] = set()
 
     def update(job) -> None:
         if not chosen.render_only:
-            fresh.add((job.options["nerf_dataset"], job.options["nerf_scene"]))
             update_tables(job.options, chosen.compare)
+            fresh.add((job.options["nerf_dataset"], job.options["nerf_scene"]))
 
     failures = None
     try:
@@ -124,13 +126,21 @@ def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
         failures = error
     # What an earlier sweep finished may lack tables, or lie beside older ones.
     scenes = {(job.options["nerf_dataset"], job.options["nerf_scene"]): job for job in jobs}
+    trouble = None
     for scene, job in scenes.items():
-        if scene not in fresh:
-            update(job)
-        if chosen.compare:
-            tell_comparison(job.options)
+        try:
+            if scene not in fresh:
+                update(job)
+            if chosen.compare:
+                tell_comparison(job.options)
+        except (UserError, OSError) as error:
+            trouble = error
     if failures:
+        if trouble:
+            print(f"error: {trouble}", file=sys.stderr)
         raise failures
+    if trouble:
+        raise trouble
 
 
 def job_of(options: Namespace, retry: bool = False):
@@ -277,6 +287,7 @@ def check_scenes(plan: Sequence[Namespace]) -> None:
     lines = {(o.nerf_dataset, o.nerf_scene): {} for o in first_seed}
     faulty = set()
     for options in first_seed:
+        stop_if_asked()
         scene = options.nerf_dataset, options.nerf_scene
         told, problems = train.check_lines(options, run_folder_of(options))
         lines[scene] |= dict.fromkeys(told)
@@ -303,6 +314,7 @@ def train_one(options: Namespace) -> None:
     """Train (or render) as the options say, in this process."""
     import train
 
+    stop_if_asked()
     train.run(options)
 
 
@@ -330,7 +342,8 @@ def run_job() -> int:
             raise SystemExit(LOCKED_EXIT_CODE) from error
         except Exception as error:
             code = 2 if isinstance(error, UserError) else 1
-            record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
+            with suppress(RunFolderError):  # on a full disk, say: the error itself matters more
+                record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
             raise
 
     return exit_code(experiment, job.options["debug"])
@@ -345,15 +358,19 @@ def report(error: Exception, debug: bool) -> None:
 
 def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int:
     """Run `experiments`; 0, or 1 if some of several runs failed, 2 for an error to mend, 75 when asked to stop with all
-    work saved, 130 when interrupted. debug: tracebacks; default: as the command line says."""
+    work saved or when runs are left to other machines, 130 when interrupted.
+
+    debug: tracebacks; default: as the command line says.
+    """
     try:
-        experiments()
+        with stop_requests():  # from the first moment, while modules are still imported
+            experiments()
     except UserError as error:
         report(error, "--debug" in sys.argv if debug is None else debug)
         return 2
     except RunsFailed as error:
         print(error, file=sys.stderr)
-        return 1
+        return PREEMPTED_EXIT_CODE if isinstance(error, RunsLeft) else 1
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED_EXIT_CODE

@@ -77,7 +77,8 @@ def run_or_answer(options: Namespace, stop_after: float, started: float) -> dict
         options.save_dir, options.up_folder_name, options.nerf_dataset, options.nerf_scene, options.tag, options.seed
     )
     if options.render_only:
-        return render_only(options, folder, device)
+        with naming_shortage(device, None, {"eval_chunk": options.eval_chunk}):
+            return render_only(options, folder, device)
     results = finished_results(folder, options)
     if results is None:
         with run_lock(folder) as lock:
@@ -104,14 +105,14 @@ def train_in(
     """Train, or go on training, in a folder that is locked; see `run`."""
     found = preflight(options, folder, device)
     found.require_good()
-    perceptual = load_perceptual_metrics(options.lpips_weights, device)
-    for line in perceptual.lines:
-        say(line)
-    if device.type == "cpu":
-        keep_freed_memory()
     memory = MemoryMeter(device)
-    memory.start()
     with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
+        perceptual = load_perceptual_metrics(options.lpips_weights, device)
+        for line in perceptual.lines:
+            say(line)
+        if device.type == "cpu":
+            keep_freed_memory()
+        memory.start()
         scenes = {split: load_split(options, split, found) for split in ("train", "test")}
         stop_if_asked()
         trainer = Trainer(options, folder, device, scenes, perceptual, memory, lock)
@@ -595,7 +596,7 @@ class Trainer:
             raise SceneError(
                 f"{self.scene.name}: no ray of the first {self.reported_iteration + len(read)} iterations met the box "
                 f"between near {self.scene.near:g} and far {self.scene.far:g}; check --scene_bbox and the poses, then "
-                "start again with --overwrite"
+                "start this run again with --overwrite"
             )
         return read[:, 0].mean().item()
 
@@ -603,7 +604,7 @@ class Trainer:
         """The error for numbers that are no longer numbers; the checkpoints from before are never touched."""
         latest = latest_checkpoint(self.folder)
         kept = f"{latest.name} is from before it" if latest else "nothing was saved before"
-        return UserError(f"{what} ({kept}): lower --lr_init or --lr_basis and start again with --overwrite")
+        return UserError(f"{what} ({kept}): lower --lr_init or --lr_basis and start this run again with --overwrite")
 
     def log_steps(self, mse: float, step_ms: float, n_steps: int) -> None:
         """Scalars of the n_steps steps since the last call, to metrics.jsonl and TensorBoard."""
@@ -677,6 +678,8 @@ class Trainer:
             export(self.options, self.field, test, self.folder)
         except Exception as error:
             failure = error
+        if self.lock is not None:
+            self.lock.check()
         write_json_atomic(self.folder / "results.json", results)
         say(
             f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB, training took "

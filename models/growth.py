@@ -55,13 +55,13 @@ def update_alpha_mask(field: Field, grid: tuple[int, int, int]) -> Tensor:
         if not alpha.isfinite().all():
             raise EmptyMaskError(
                 "the alpha mask is empty, for the densities have become NaN: lower --lr_init or --lr_basis and start "
-                "again with --overwrite"
+                "this run again with --overwrite"
             )
         raise EmptyMaskError(
             f"the alpha mask is empty: no grid point reaches alpha {field.config.alpha_threshold:g} "
             f"(largest {alpha.max().item():.2e}); check that the scene lies in the box (--scene_bbox) and between "
             "near and far, raise --density_shift, lower --alpha_mask_thre, or update the mask later "
-            "(--update_AlphaMask_list); then start again with --overwrite"
+            "(--update_AlphaMask_list); then start this run again with --overwrite"
         )
     field.alpha_mask = AlphaMask(volume, field.aabb)
     return torch.stack([passing.amin(0), passing.amax(0)])

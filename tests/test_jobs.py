@@ -8,7 +8,7 @@ import pytest
 from opt import OPTIONS, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
 from run import job_of
 from utils.errors import OptionError
-from utils.jobs import Job, plan_lines, plan_runs, read_failure, record_failure, shard_of
+from utils.jobs import Job, clear_failure, plan_lines, plan_runs, read_failure, record_failure, shard_of
 from utils.launchers import local_slots
 
 
@@ -63,6 +63,7 @@ def test_the_plan_says_why(five):
     assert lines[3].endswith("failed: shapes: no images: add them; is not started")
     assert "batch_size: 77 -> 512" in lines[4]
     assert lines[5] == "5 runs: 1 new, 1 started, 1 finished, 1 failed, 1 refused; 2 to start"
+    assert lines[6:] == ["runs that failed before are left out: --retry_failed starts them again"]
 
 
 def test_retry_failed_starts_failed_runs_only(five):
@@ -73,6 +74,17 @@ def test_retry_failed_starts_failed_runs_only(five):
         ("failed", True),
         ("refused", False),
     ]
+
+
+@pytest.mark.parametrize(("kept", "state"), [([], ("failed", True)), (["ckpt_10.th"], ("refused", False))])
+def test_a_failed_run_may_be_tried_with_other_settings_if_it_left_nothing(tmp_path, kept, state):
+    one = job(tmp_path, retry=True)
+    left_behind(one, *kept, batch_size=77)
+    record_failure(one.folder, "no ray met the box", "SceneError", 2)
+    assert planned(one) == [state]
+    clear_failure(one.folder)
+    assert (one.folder / "args.json").exists() is bool(kept)
+    assert planned(one) == ([("refused", False)] if kept else [("new", True)])
 
 
 def test_overwrite_starts_all_and_says_so(five):
@@ -167,6 +179,12 @@ def test_a_gpu_that_is_not_there_is_refused(machine, gpus, n_devices):
     machine(cores=4)
     with pytest.raises(OptionError, match=f"--gpus {gpus}: this machine has {n_devices} CUDA devices"):
         local_slots(gpus, 1, n_devices)
+
+
+def test_a_gpu_that_is_named_twice_is_refused(machine):
+    machine(cores=4)
+    with pytest.raises(OptionError, match="--gpus 0,0: names a device twice"):
+        local_slots("0,0", 1, n_devices=2)
 
 
 def test_cores_are_shared_unless_the_user_has_shared_them(machine, monkeypatch):

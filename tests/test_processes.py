@@ -8,9 +8,12 @@ import time
 
 import pytest
 
-from utils.jobs import Job, Outcome, State, read_failure, record_failure
+from utils.errors import RunFolderError, RunsLeft, UserError
+from utils.jobs import Job, Outcome, Planned, State, read_failure, record_failure
 from utils.launchers import LocalLauncher
 from utils.processes import RunProcess, start_run
+from utils.run_lock import LOCK_NAME, run_lock
+from utils.sweep import carry_out
 
 PATIENCE_SECONDS = 30
 
@@ -145,7 +148,6 @@ def test_runs_are_told_to_end_when_nobody_listens_to_their_launcher_any_more(tmp
 
 def test_a_failure_on_a_full_disk_is_still_told(tmp_path, monkeypatch):
     import utils.processes
-    from utils.errors import RunFolderError
 
     def full(*arguments):
         raise RunFolderError("cannot write: no space")
@@ -154,3 +156,51 @@ def test_a_failure_on_a_full_disk_is_still_told(tmp_path, monkeypatch):
     outcome = end_of(start_run(python("raise SystemExit(3)"), job(tmp_path), {}))
     assert outcome.reason.startswith("its process ended with exit code 3")
     assert record_failure is not full
+
+
+def test_a_process_that_cannot_be_started_is_a_failure_of_its_run(tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("utils.processes.subprocess.Popen", refuse)
+    outcome = start_run(python(""), job(tmp_path), {})
+    assert outcome == Outcome(State.FAILED, "its process cannot be started (Cannot allocate memory)")
+
+
+def test_a_folder_that_cannot_be_seen_when_its_run_ended_is_a_failure_of_the_run(tmp_path, monkeypatch):
+    process = start_run(python("raise SystemExit(75)"), job(tmp_path), {})
+
+    def away(folder):
+        raise RunFolderError("stale file handle")
+
+    monkeypatch.setattr("utils.processes.folder_state", away)
+    assert end_of(process) == Outcome(State.FAILED, "stale file handle")
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), UserError("no space")])
+def test_tables_that_cannot_be_written_do_not_stop_a_sweep(tmp_path, capsys, error):
+    def after_run(one):
+        raise error
+
+    jobs = [job(tmp_path, name, n_iters=1) for name in ("a", "b")]
+    plan = [Planned(one, State.NEW, "", starts=True) for one in jobs]
+    carry_out(plan, LocalLauncher(python(""), [{}]), after_run)
+    assert capsys.readouterr().err.splitlines() == ["error: a: no space", "error: b: no space"]
+
+
+@pytest.mark.parametrize("owner", ["here", "elsewhere", "finished"])
+def test_a_run_left_to_another_machine_is_told_and_its_sweep_does_not_count_as_done(tmp_path, capsys, owner):
+    one = job(tmp_path, n_iters=1)
+    plan = [Planned(one, State.RUNNING, "process 7 on elsewhere", starts=False)]
+    with run_lock(one.folder):
+        if owner == "elsewhere":
+            lock = one.folder / LOCK_NAME
+            lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "elsewhere"}))
+        if owner == "finished":
+            (one.folder / "results.json").write_text("{}")
+        if owner == "elsewhere":
+            with pytest.raises(RunsLeft, match="not seen to be alive: the processes of a;"):
+                carry_out(plan, LocalLauncher(python(""), [{}]), lambda job: None)
+        else:
+            carry_out(plan, LocalLauncher(python(""), [{}]), lambda job: None)
+    assert capsys.readouterr().out.endswith("left to other processes: a\n")

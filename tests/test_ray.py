@@ -20,7 +20,7 @@ from run import job_of
 from tests.ray_cluster import ENVIRONMENT, finishes, outward_connections, ray_cluster, wait_until
 from utils.errors import OptionError
 from utils.jobs import Outcome, State
-from utils.ray_launcher import MOST_LOSSES, RayLauncher, _import_ray, carry_out_job
+from utils.ray_launcher import MOST_LOSSES, RayLauncher, _import_ray, _stamp, carry_out_job
 
 pytest.importorskip("ray")
 
@@ -144,7 +144,7 @@ class FakeRay:
     def options(self, **request):
         self.requests.append(request)
         call = type("Call", (), {})()
-        call.remote = lambda *arguments, again: self.again.append(again) or object()
+        call.remote = lambda *arguments, again, args_before: self.again.append(again) or object()
         return call
 
     def wait(self, references, timeout):
@@ -191,11 +191,13 @@ def test_a_lost_run_is_handed_in_again_and_a_failed_one_is_not(monkeypatch, tmp_
     assert fake.again == [False]
 
 
-def test_a_run_that_is_lost_too_often_fails_and_leaves_its_failure(monkeypatch, tmp_path):
-    job(tmp_path).folder.mkdir(parents=True)
-    (ended,), fake = outcomes(monkeypatch, tmp_path, [lost() for _ in range(MOST_LOSSES + 1)])
-    assert ended.state is State.FAILED
-    assert len(fake.again) == MOST_LOSSES + 1
+def test_a_run_that_is_lost_too_often_fails_and_leaves_its_failure_where_it_began(monkeypatch, tmp_path):
+    for began in (False, True):
+        if began:
+            job(tmp_path).folder.mkdir(parents=True)
+        (ended,), fake = outcomes(monkeypatch, tmp_path, [lost() for _ in range(MOST_LOSSES + 1)])
+        assert ended.state is State.FAILED
+        assert len(fake.again) == MOST_LOSSES + 1
     assert "WorkerCrashedError" in json.loads((job(tmp_path).folder / "failed.json").read_text())["error"]
 
 
@@ -236,6 +238,11 @@ def test_a_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch, tmp_pat
         next(RayLauncher(["program"]).run([job(tmp_path)]))
 
 
+def test_ray_is_not_started_for_nothing(monkeypatch):
+    monkeypatch.setattr("utils.ray_launcher._import_ray", lambda: None)
+    assert list(RayLauncher(["program"]).run([])) == []
+
+
 def test_without_ray_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OptionError, match="pip install ray=="):
@@ -261,13 +268,19 @@ def test_a_machine_without_the_shared_folders_refuses_the_run(tmp_path):
     assert not job(tmp_path).folder.exists()
 
 
-@pytest.mark.parametrize(("again", "overwrites"), [(False, True), (True, False)])
-def test_a_lost_run_is_overwritten_only_once(tmp_path, monkeypatch, again, overwrites):
+@pytest.mark.parametrize(("again", "begun", "overwrites"), [(0, 0, True), (0, 1, True), (1, 0, True), (1, 1, False)])
+def test_a_lost_run_is_overwritten_again_only_if_it_had_not_begun(tmp_path, monkeypatch, again, begun, overwrites):
     (tmp_path / "mark").touch()
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr("utils.ray_launcher.start_run", lambda c, job, e: seen.append(job) or Outcome(State.FINISHED))
-    carry_out_job(["x"], job(tmp_path, "--overwrite").to_json(), {}, str(tmp_path), str(tmp_path / "mark"), again)
+    one = job(tmp_path, "--overwrite")
+    one.folder.mkdir(parents=True)
+    (one.folder / "args.json").write_text("{}")
+    before = _stamp(one.folder / "args.json")
+    if begun:
+        (one.folder / "args.json").write_text('{"new": 1}')
+    carry_out_job(["x"], one.to_json(), {}, str(tmp_path), str(tmp_path / "mark"), bool(again), before)
     assert seen[0].options["overwrite"] is overwrites
 
 

@@ -1,5 +1,6 @@
 """run.py: what each experiment runs, what it passes on, and how it ends."""
 
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,7 +11,7 @@ import pytest
 import run
 import utils.reports
 from opt import REPOSITORY
-from utils.errors import OptionError, SceneError
+from utils.errors import OptionError, RunFolderError, SceneError
 from utils.jobs import Outcome, State
 from utils.launchers import Event
 
@@ -182,6 +183,26 @@ def test_a_failing_scene_does_not_stop_the_others_and_is_listed_at_the_end(monke
     assert "2 of 3: syn/drums/full/seed5 failed: drums has no images" in out
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_tables_that_cannot_be_written_hide_no_failed_run_and_are_tried_again(
+    monkeypatch, trained, scenes, capsys, fails
+):
+    tried = []
+
+    def full(folder):
+        tried.append(folder)
+        raise RunFolderError("cannot write res_table.md")
+
+    monkeypatch.setattr(utils.reports, "write_tables", full)
+    if fails:
+        trained.fail["drums"] = SceneError("drums has no images: add them")
+    assert start(monkeypatch, "--multi_data", "--seed", "5") == (1 if fails else 2)
+    assert len(tried) == 6
+    err = capsys.readouterr().err
+    assert "error: cannot write res_table.md" in err
+    assert ("drums/full/seed5: drums has no images" in err) is fails
+
+
 def test_the_demo_has_one_scene_even_with_multi_data(monkeypatch, trained, scenes):
     assert start(monkeypatch, "--demo", "--multi_data") == 0
     assert [options.nerf_scene for options in trained.runs] == ["shapes_160"]
@@ -241,6 +262,31 @@ def test_a_strategy_that_is_not_there_is_refused_before_anything_else(monkeypatc
     assert start(monkeypatch, "--multi_data", "--data_folder", "empty", experiment=run.run_soft_nerf) == 2
     assert "soft is not implemented" in capsys.readouterr().err
     assert trained.runs == []
+
+
+def test_a_run_on_a_full_disk_still_tells_its_own_error(monkeypatch, trained, tmp_path, capsys):
+    def full(*arguments):
+        raise RunFolderError("cannot write failed.json")
+
+    one = run.job_of(run.planned_runs(["--nerf_scene", "lego"], 0)[0])
+    monkeypatch.setattr("utils.processes.receive_job", lambda: one)
+    monkeypatch.setattr("utils.jobs.record_failure", full)
+    trained.fail["lego"] = SceneError("lego: no images")
+    assert run.run_job() == 2
+    assert capsys.readouterr().err == "error: lego: no images\n"
+
+
+@pytest.mark.parametrize("arguments", [["--nerf_scene", "lego"], ["--seeds", "2"]])
+def test_a_signal_before_training_ends_with_75(monkeypatch, trained, capsys, arguments):
+    def while_planning(*more):
+        signal.raise_signal(signal.SIGTERM)
+        return planned(*more)
+
+    planned = run.planned_runs
+    monkeypatch.setattr(run, "planned_runs", while_planning)
+    assert start(monkeypatch, *arguments) == 75
+    assert trained.runs == []
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command again goes on from here\n"
 
 
 def test_help_works_from_another_folder_without_loading_torch(tmp_path):

@@ -18,10 +18,10 @@ SCONTROL = '#!/bin/bash\necho "scontrol $*"\n'
 def submit(tmp_path):
     """submit(python, *arguments): the script as job 3 of an array 1-4, its output and exit code."""
 
-    def go(python: str, *arguments: str) -> subprocess.CompletedProcess:
+    def go(python: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             executable(tmp_path / "bin" / name, text)
-        array = {"JOB_ID": "7", "TASK_ID": "3", "TASK_MIN": "1", "TASK_MAX": "4", "TASK_COUNT": "4"}
+        array = {"JOB_ID": "7", "TASK_ID": "3", "TASK_MIN": "1", "TASK_MAX": "4", "TASK_COUNT": "4", **more}
         environment = {f"SLURM_ARRAY_{key}": value for key, value in array.items()}
         environment |= {"SLURM_CPUS_PER_TASK": "8", "NERF_PYTHON": python}
         environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
@@ -55,3 +55,10 @@ def test_only_a_stopped_job_goes_back_into_the_queue(submit, tmp_path, code):
     assert done.returncode == code
     told = ["run.py --seeds 3 --shard 2/4"] + (["scontrol requeue 7_3"] if code == 75 else [])
     assert done.stdout.splitlines() == told
+
+
+def test_a_stepped_array_gets_all_parts(submit, tmp_path):
+    program = executable(tmp_path / "python", '#!/bin/bash\necho "$*"\n')
+    array = {"TASK_MIN": "0", "TASK_MAX": "6", "TASK_STEP": "2"}
+    parts = [submit(program, **array, TASK_ID=number).stdout.split()[-1] for number in "0246"]
+    assert parts == ["0/4", "1/4", "2/4", "3/4"]

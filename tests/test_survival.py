@@ -361,8 +361,9 @@ def test_a_second_process_is_refused_and_may_not_overwrite_and_a_finished_run_ne
                 train.run(parse_options(arguments(data, tmp_path, "full", *more)))
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", meanwhile)
-    train.run(parse_options(arguments(data, tmp_path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", meanwhile)
+        train.run(parse_options(arguments(data, tmp_path)))
     assert_as_if_undisturbed(folder, uninterrupted())
     (folder / "run.lock").write_text("")
     assert train.run(parse_options(arguments(data, tmp_path)))["n_iters"] == STEPS
@@ -535,6 +536,18 @@ def test_a_lack_of_memory_names_the_peak_and_the_settings_and_the_checkpoint_is_
     assert "\n" not in message
     train.run(parse_options(arguments(data, tmp_path)))
     assert_as_if_undisturbed(folder_of(tmp_path), uninterrupted())
+
+
+@pytest.mark.parametrize("rendering", ["0", "1"])
+def test_a_lack_of_memory_outside_of_training_is_one_line_too(data, tmp_path, monkeypatch, rendering):
+    def lacking(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "load_split" if rendering == "1" else "load_perceptual_metrics", lacking)
+    (tmp_path / "any.th").touch()
+    more = ["--render_only", "1", "--ckpt", str(tmp_path / "any.th")] if rendering == "1" else []
+    with pytest.raises(MemoryShortage, match=r"--eval_chunk"):
+        train.run(parse_options([*arguments(data, tmp_path), *more]))
 
 
 def test_a_disk_that_fills_up_anywhere_ends_in_one_line_and_the_run_goes_on_once_there_is_room(

@@ -92,6 +92,7 @@ def test_nothing_is_trained_again_until_it_is_asked_for(swept):
     assert code == 1
     assert err.splitlines() == swept[2].splitlines()[-2:]
     assert "syn/poor/full/seed1 is not started: failed: " in out
+    assert out.count("--retry_failed starts them again") == 1
     assert contents(Path("log/runs/syn/good")) == before
 
 
@@ -101,6 +102,7 @@ def test_changed_settings_are_refused_and_listed_and_harm_nobody(swept):
     assert code == 1
     assert err.splitlines()[0] == "1 of 1 runs failed:"
     assert "batch_size: 64 -> 65" in err
+    assert "--overwrite starts every run of its command afresh, finished ones too" in err.splitlines()[-1]
     assert contents(Path("log/runs/syn/good")) == before
 
 

@@ -142,6 +142,17 @@ def test_an_owner_notices_that_its_lock_was_taken_over_and_leaves_it_alone(tmp_p
     assert names(tmp_path) == [LOCK_NAME]
 
 
+def test_a_lock_that_cannot_be_read_is_an_error_in_one_line(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    with run_lock(tmp_path) as lock:
+        monkeypatch.setattr("utils.run_lock._read", stale)
+        with pytest.raises(RunFolderError, match=r"run\.lock \(Stale file handle\)"):
+            lock.check()
+        monkeypatch.undo()
+
+
 def test_a_takeover_that_was_killed_half_way_stops_nobody(tmp_path):
     dead = me(pid=NO_SUCH_PROCESS)
     second = me(pid=NO_SUCH_PROCESS, token="f" * 16)

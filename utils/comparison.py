@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.plots import write_figures
-from utils.run_folder import atomic_file
+from utils.run_folder import atomic_file, naming_os_errors
 from utils.run_grid import baseline_of, mixed_settings, number, tag_order
 from utils.table_formats import MISSING
 from utils.tables import collect_results
@@ -89,7 +89,8 @@ def write_comparison(scene_folder: Path) -> Path | None:
         return None
     rows = rows_by_tag(runs)
     folder = scene_folder / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     unfinished = [p.parent for p in sorted(scene_folder.glob("*/*/args.json")) if not _finished(p.parent)]
     with atomic_file(folder / "table.md", "w") as file:
         file.write(markdown(rows, [str(path.relative_to(scene_folder)) for path in unfinished]))

@@ -57,3 +57,7 @@ class EmptyMaskError(UserError):
 
 class RunsFailed(Exception):
     """Some of several runs failed; the message lists them, a line each."""
+
+
+class RunsLeft(RunsFailed):
+    """Some runs were left to processes that may no longer live; the message lists them, and failures."""

@@ -20,6 +20,7 @@ from utils.run_folder import check_run_folder, naming_os_errors, read_json, writ
 from utils.run_lock import holder
 
 FAILURE = "failed.json"
+RETRY_HINT = "runs that failed before are left out: --retry_failed starts them again"
 
 
 class State(StrEnum):
@@ -119,7 +120,7 @@ def plan_runs(jobs: Sequence[Job], exempt: frozenset[str]) -> list[Planned]:
 def _planned(job: Job, exempt: set[str]) -> Planned:
     try:
         state, reason = folder_state(job.folder)
-        if not (job.options["overwrite"] or job.options["render_only"]):
+        if not (job.options["overwrite"] or job.options["render_only"] or _left_nothing(job.folder)):
             check_run_folder(job.folder, job.options, exempt)
     except RunFolderError as error:
         return Planned(job, State.REFUSED, str(error), starts=False)
@@ -138,7 +139,13 @@ def plan_lines(plan: Sequence[Planned]) -> list[str]:
         lines.append(": ".join([told, "; ".join(filter(None, notes))]) if any(notes) else told)
     counts = Counter(planned.state for planned in plan)
     told = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
-    return [*lines, f"{len(plan)} runs{': ' if told else ''}{told}; {sum(p.starts for p in plan)} to start"]
+    lines.append(f"{len(plan)} runs{': ' if told else ''}{told}; {sum(p.starts for p in plan)} to start")
+    return lines + ([RETRY_HINT] if leaves_failed(plan) else [])
+
+
+def leaves_failed(plan: Sequence[Planned]) -> bool:
+    """Whether runs of the plan are left out because they failed before."""
+    return any(planned.state is State.FAILED and not planned.starts for planned in plan)
 
 
 def shard_of(jobs: Sequence[Job], shard: str) -> list[Job]:
@@ -160,9 +167,18 @@ def record_failure(folder: Path, error: str, kind: str, exit_code: int) -> None:
 
 
 def clear_failure(folder: Path) -> None:
-    """Remove what an earlier, failed start left. Raises RunFolderError if that is impossible."""
+    """Remove what an earlier, failed start left; if that is all there is, its settings too, so that others may be
+    tried. Raises RunFolderError if that is impossible."""
     with naming_os_errors(folder):
+        if _left_nothing(folder):
+            (Path(folder) / "args.json").unlink(missing_ok=True)
         (Path(folder) / FAILURE).unlink(missing_ok=True)
+
+
+def _left_nothing(folder: Path) -> bool:
+    """Whether a run failed before there was anything to protect: a checkpoint, results."""
+    kept = (folder / "results.json").exists() or any(Path(folder).glob("ckpt_*"))
+    return (folder / FAILURE).exists() and not kept
 
 
 def read_failure(folder: Path) -> str:

@@ -97,6 +97,8 @@ def _gpu_names(gpus: str, n_devices: int) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = (visible.split(",") if visible else [str(number) for number in range(n_devices)])[:n_devices]
     wanted = range(len(names)) if gpus == "all" else [int(number) for number in gpus.split(",")]
+    if len({*wanted}) < len(wanted):
+        raise OptionError(f"--gpus {gpus}: names a device twice; each takes one run at a time")
     absent = [number for number in wanted if number >= len(names)]
     if absent or not names:
         raise OptionError(

@@ -34,7 +34,7 @@ def write_figures(rows: dict[str, list[dict]], folder: Path) -> None:
         figures["overview"] = overview_figure(rows, views)
     with naming_os_errors(folder):
         for old in folder.glob("events.out.*"):
-            old.unlink()
+            old.unlink(missing_ok=True)  # a sweep beside this one may have done it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             from torch.utils.tensorboard import SummaryWriter

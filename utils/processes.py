@@ -37,6 +37,8 @@ def start_run(command: Sequence[str], job: Job, environment: Mapping[str, str]) 
         return RunProcess(command, job, environment)
     except RunFolderError as error:
         return Outcome(State.FAILED, str(error))
+    except OSError as error:  # no memory, too many processes
+        return Outcome(State.FAILED, f"its process cannot be started ({error.strerror or error})")
 
 
 class RunProcess:
@@ -77,6 +79,12 @@ class RunProcess:
         if code is None:
             return None
         self.close()
+        try:
+            return self._outcome(code)
+        except RunFolderError as error:
+            return Outcome(State.FAILED, str(error))
+
+    def _outcome(self, code: int) -> Outcome:
         if code == 0:
             return Outcome(State.FINISHED)
         if code in (PREEMPTED_EXIT_CODE, LOCKED_EXIT_CODE) or -code in _stop_signals():

@@ -13,14 +13,14 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from utils.console import say
-from utils.errors import OptionError
+from utils.errors import OptionError, RunFolderError
 from utils.jobs import Job, Outcome, State, record_failure
 from utils.launchers import Event
 from utils.processes import LOG, start_run
@@ -35,14 +35,17 @@ WAIT_FOR_LOCK_SECONDS = STALE_SECONDS + 60.0
 PAUSE_SECONDS, PROBE_SECONDS = 0.5, 10.0
 # Outcomes are a few bytes; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
+ARGS = "args.json"
 STOPPED = "stopped; goes on from its last checkpoint"
 
 
 @dataclass
 class _Task:
-    """A job in Ray's hands. losses: how often it was lost. log_before: what its log was when it was handed in."""
+    """A job in Ray's hands. losses: how often it was lost. log_before: what its log was when it was handed in,
+    args_before: its args.json when that happened first."""
 
     job: Job
+    args_before: tuple[int, int] | None
     losses: int = 0
     log_before: tuple[int, int] | None = None
     started: bool = False
@@ -64,10 +67,12 @@ class RayLauncher:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Event]:
         """See Launcher. Raises OptionError if the cluster cannot be reached."""
+        if not jobs:
+            return
         with _connected(self._ray), _mark(jobs) as mark:
             has_gpus = self._ray.cluster_resources().get("GPU", 0) > 0
             for job in jobs:
-                self._submit(_Task(_placed(job, has_gpus)), mark)
+                self._submit(_Task(_placed(job, has_gpus), _stamp(job.folder / ARGS)), mark)
             self._tell_shortage()
             try:
                 while self._tasks:
@@ -90,7 +95,8 @@ class RayLauncher:
         remote = self._ray.remote(carry_out_job).options(max_retries=0, **self._request(task.job))
         environment = {"OMP_NUM_THREADS": str(self._threads)}
         text = task.job.to_json()
-        reference = remote.remote(self._command, text, environment, os.getcwd(), mark, again=task.losses > 0)
+        again = {"again": task.losses > 0, "args_before": task.args_before}
+        reference = remote.remote(self._command, text, environment, os.getcwd(), mark, **again)
         self._tasks[reference] = task
 
     def _request(self, job: Job) -> dict[str, float]:
@@ -120,7 +126,8 @@ class RayLauncher:
             return Outcome(State.STARTED, how)
         if task.losses > MOST_LOSSES:
             reason = f"{how}, the last of {task.losses} times"
-            record_failure(task.job.folder, reason, "lost", 1)
+            with suppress(RunFolderError):  # a run that never began has no folder
+                record_failure(task.job.folder, reason, "lost", 1)
             return Outcome(State.FAILED, reason)
         say(f"{task.job.name} {how}; it is handed in again")
         self._submit(task, mark)
@@ -143,12 +150,19 @@ class RayLauncher:
 
 # --- in the worker ---
 def carry_out_job(
-    command: Sequence[str], job_text: str, environment: dict[str, str], folder: str, mark: str, again: bool
+    command: Sequence[str],
+    job_text: str,
+    environment: dict[str, str],
+    folder: str,
+    mark: str,
+    again: bool,
+    args_before: tuple[int, int] | None = None,
 ) -> tuple[str, str]:
     """The task: start a run as a process of this machine and wait for its end; returns its state and why.
 
     folder: the working folder of who started the sweep. mark: a file that shows that run folders are the same there
     and here. again: the run was lost before; its first process may still be ending, or seem to be alive.
+    args_before: what shows whether the run's args.json has changed since it was first handed in.
     """
     try:
         os.chdir(folder)
@@ -158,11 +172,11 @@ def carry_out_job(
         where = f"{folder} on {os.uname().nodename} is not what it is where the sweep was started"
         return State.FAILED, f"{where}: code, data and runs must lie in folders that all machines of the cluster share"
     job = Job.from_json(job_text)
-    if again and job.options["overwrite"]:  # that was done the first time
-        job = replace(job, options={**job.options, "overwrite": False})
     process, give_up = None, time.monotonic() + (WAIT_FOR_LOCK_SECONDS if again else 0.0)
     while True:
         try:
+            if again and _stamp(job.folder / ARGS) != args_before:  # what was to be overwritten is gone
+                job = replace(job, options={**job.options, "overwrite": False})
             process = process or start_run(command, job, environment)
             outcome = process if isinstance(process, Outcome) else process.poll()
             if outcome and (outcome.state is not State.RUNNING or time.monotonic() > give_up):

@@ -96,8 +96,8 @@ def _refuse_other_settings(folder: Path, old: Any, new: Mapping[str, Any], exemp
     if differing:
         changes = ", ".join(f"{k}: {_told(old, k)} -> {_told(new, k)}" for k in differing)
         raise RunFolderError(
-            f"{folder} belongs to a run with other settings ({changes}): choose another --tag (or, "
-            "for a whole comparison, another --up_folder_name), or --overwrite it"
+            f"{folder} belongs to a run with other settings ({changes}): choose another "
+            "--up_folder_name (for a single run another --tag will do), or --overwrite it"
         )
 
 

@@ -117,8 +117,11 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise RunLockedError if the lock was lost: to a process that had to believe this one gone."""
-        if not self._is_mine():
+        """Raise RunLockedError if the lock was lost: to a process that had to believe this one gone, RunFolderError
+        if that cannot be seen."""
+        with naming_os_errors(self._path):
+            mine = self._is_mine()
+        if not mine:
             raise RunLockedError(
                 f"{self._path.parent} was taken over by another process, or its {LOCK_NAME} removed, while this one "
                 "stood still: look who trains there before starting again"
@@ -145,6 +148,15 @@ def holder(folder: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return ""
     return "" if _is_gone(owner, _myself(), age) else f"process {owner.pid} on {owner.host} since {owner.since}"
+
+
+def held_here(folder: Path) -> bool:
+    """Whether a living process of this machine works in a run's folder. Raises RunFolderError if that is not seen."""
+    path, me = Path(folder) / LOCK_NAME, _myself()
+    with naming_os_errors(path), suppress(FileNotFoundError):
+        owner, age = _read(path), time.time() - path.stat().st_mtime
+        return (owner.host, owner.machine) == (me.host, me.machine) and not _is_gone(owner, me, age)
+    return False
 
 
 def _myself() -> Owner:

@@ -25,15 +25,17 @@ def is_shortage(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_shortage(device: torch.device, memory: MemoryMeter, settings: Mapping[str, object]) -> Iterator[None]:
+def naming_shortage(device: torch.device, memory: MemoryMeter | None, settings: Mapping[str, object]) -> Iterator[None]:
     """Turn a lack of memory in the block into a MemoryShortage: one line with the peak so far, and `settings`, the
-    options that lower it with their values."""
+    options that lower it with their values. memory: training's; None where only a checkpoint is rendered."""
     try:
         yield
     except Exception as error:
         if not is_shortage(error):
             raise
         options = ", ".join(f"--{name} ({value})" for name, value in settings.items())
+        if memory is None:
+            raise MemoryShortage(f"out of memory on {device_name(device)}: lower {options}") from error
         raise MemoryShortage(
             f"out of memory on {device_name(device)}, of which training had used up to {memory.peak_mb():.0f} MB so "
             f"far: lower {options}, --es_ratio of strategy expansive, or for evaluations --eval_chunk (the last with "

@@ -7,19 +7,26 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from utils.console import say
-from utils.errors import RunsFailed, UserError
-from utils.jobs import Job, Outcome, Planned, State
+from utils.errors import RunFolderError, RunsFailed, RunsLeft, UserError
+from utils.jobs import RETRY_HINT, Job, Outcome, Planned, State, folder_state, leaves_failed
 from utils.launchers import Launcher
 from utils.overview import Overview
+from utils.run_lock import held_here
 from utils.signals import Preempted, stop_if_asked, stop_requests
+
+OVERWRITE_HINT = (
+    "careful: --overwrite starts every run of its command afresh, finished ones too; give it with --nerf_scene, "
+    "--strategy and --seed of one run (a failed run without a checkpoint needs --retry_failed alone)"
+)
 
 
 def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[Job], None]) -> None:
     """Start what a plan wants to be started and wait for its end.
 
-    after_run: called after every run that ended here, to bring tables up to date; its UserErrors stop nothing.
-    Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before all was done, or
-    RunsFailed if runs have failed, now or before.
+    after_run: called after every run that ended here, to bring tables up to date; its UserErrors and OSErrors are told
+    and stop nothing. Raises Preempted if this process or some of its runs were asked to stop (`utils.signals`) before
+    all was done, RunsLeft if runs were left to processes that may no longer live, RunsFailed if runs have failed, now
+    or before.
     """
     starting = [planned.job for planned in plan if planned.starts]
     outcomes = {p.job.name: Outcome(p.state, p.reason) for p in plan}
@@ -27,6 +34,8 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     for planned in plan:
         if not planned.starts and planned.state is not State.FINISHED:
             say(f"{planned.job.name} is not started: {planned.state}: {planned.reason}")
+    if leaves_failed(plan):
+        say(RETRY_HINT)
     with stop_requests():
         overview = Overview(len(starting))
         try:
@@ -47,11 +56,28 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     say(f"{len(plan)} runs: {', '.join(f'{counts[state]} {state}' for state in State if counts[state])}")
     failed = [n for n, outcome in outcomes.items() if outcome.state in (State.FAILED, State.REFUSED)]
     told = [f"{len(failed)} of {len(plan)} runs failed:", *(f"{name}: {outcomes[name].reason}" for name in failed)]
+    if any("--overwrite" in outcomes[name].reason for name in failed):
+        told.append(OVERWRITE_HINT)
     if stopped:
         lines = [f"stopped with {len(stopped)} of {len(plan)} runs to go; the same command again goes on"]
         raise Preempted("\n".join((told if failed else []) + lines))
+    left = [planned.job for planned in plan if outcomes[planned.job.name].state is State.RUNNING]
+    if left:
+        say(f"left to other processes: {', '.join(job.name for job in left)}")
+    unsure = [job.name for job in left if not _in_good_hands(job)]
+    if unsure:
+        lines = [f"not seen to be alive: the processes of {', '.join(unsure)}; ask again, with the same command"]
+        raise RunsLeft("\n".join((told if failed else []) + lines))
     if failed:
         raise RunsFailed("\n".join(told))
+
+
+def _in_good_hands(job: Job) -> bool:
+    """Whether a run is finished, or a living process of this machine is at it; of others one cannot be sure."""
+    try:
+        return folder_state(job.folder)[0] is State.FINISHED or held_here(job.folder)
+    except RunFolderError:
+        return False
 
 
 def _pass_on(launcher: Launcher) -> bool:
@@ -68,5 +94,5 @@ def _pass_on(launcher: Launcher) -> bool:
 def _tolerantly(after_run: Callable[[Job], None], job: Job) -> None:
     try:
         after_run(job)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {job.name}: {error}\n")

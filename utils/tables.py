@@ -85,6 +85,6 @@ def _traces(root: Path) -> list[tuple[str, int]]:
     for folder in run_folders(root):
         traces.append((str(folder), 0))
         for path in (folder / "results.json", folder / "failed.json"):
-            with suppress(OSError):
+            with suppress(OSError):  # not there, or a network folder that is away for a moment
                 traces.append((str(path), path.stat().st_mtime_ns))
     return traces

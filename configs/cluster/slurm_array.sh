@@ -19,8 +19,8 @@
 #SBATCH --output=slurm-%A_%a.out
 
 python=${NERF_PYTHON:-.venv/bin/python}
-# Parts count from 0, whatever numbers the jobs of the array have.
-part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))
+# Parts count from 0; the jobs of the array may have any consecutive or evenly stepped numbers.
+part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
 
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "$python" run.py "$@" --shard "$part/$SLURM_ARRAY_TASK_COUNT"
 code=$?
