@@ -4,9 +4,9 @@
 // (channels-last), taps: the rows around a point, 2 along a line and 4 in a plane; those outside weigh nothing. A group
 // is a plane and a line (VM) or three lines (CP) whose lookups are multiplied.
 //
-// A row's channels lie together, so arithmetic runs over vectors of 16 (8 without AVX-512), then 4, then single channels. Points are shared
-// out (forward, positions, CP's backward) or bands of plane rows (VM's backward), so that no two shares write to one
-// place and every sum has one order for a given number of threads.
+// A row's channels lie together, so arithmetic runs over vectors of 16 (8 without AVX-512), then 4, then single channels.
+// Points are shared out (forward, positions, CP's backward) or bands of plane rows (VM's backward), so that no two
+// shares write to one place and every sum has one order for a given number of threads.
 #include "lookups.h"
 
 #include "denormals.h"
