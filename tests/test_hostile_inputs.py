@@ -407,7 +407,7 @@ def test_a_checkpoint_that_is_no_regular_file_is_not_waited_for(tmp_path, what):
     "change",
     [
         lambda s: s["state"][0].update(exp_avg=torch.zeros(1)),
-        lambda s: s["state"][0].update(exp_avg_sq=s["state"][0]["exp_avg_sq"] - 1e-3),
+        lambda s: s["state"][0].update(exp_avg_sq=s["state"][0]["exp_avg_sq"] - 1.0),
         lambda s: s["state"][0].update(step=torch.tensor(-5.0)),
         lambda s: s["param_groups"][0].update(betas=(2.0, 3.0)),
         lambda s: s["param_groups"][0].update(lr=float("nan")),

@@ -106,6 +106,12 @@ def test_values_and_gradients_equal_the_definition_on_large_grids(model, dtype, 
     check(Case(model, 11, 800, (400, 211, 37), (96, 3, 16), dtype), dtype, backend)
 
 
+@pytest.mark.parametrize("counts", [(16, 48, 17), (48, 16, 16)], ids=str)
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_values_and_gradients_equal_the_definition_for_the_usual_numbers_of_channels(model, counts, backend):
+    check(Case(model, 5, 1300, (31, 9, 20), counts, torch.float32), torch.float32, backend)
+
+
 @pytest.mark.parametrize("model", ["VM", "CP"])
 @pytest.mark.parametrize("n_points", [0, 1])
 def test_none_or_one_point_is_enough(model, n_points, backend):

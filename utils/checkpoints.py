@@ -129,7 +129,7 @@ def _check_pickles(path: Path) -> None:
                     file.seek(0)
                 if tuple_depth(content, MAX_TUPLE_DEPTH) > MAX_TUPLE_DEPTH:
                     raise _damaged(path)
-    except (ValueError, IndexError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile):
+    except (ValueError, LookupError, TypeError, EOFError, OSError, MemoryError, OverflowError, zipfile.BadZipFile):
         # Malformed, or no pickle: the reader proper says so.
         return
 

@@ -8,7 +8,8 @@ NUMBERS = (
     *("live_samples_per_step", "colour_samples_per_step", "train_seconds", "setup_seconds"),
     *("peak_memory_mb", "static_memory_mb", "step_memory_mb"),
 )
-TEXTS = ("dataset", "scene", "strategy", "tag", "model_name", "device", "torch", "commit", "kernels")
+# What rows are told apart by. Other texts are only shown, whatever they are.
+TEXTS = ("dataset", "scene", "strategy", "tag", "model_name")
 TABLES = ("stages", "ms_per_step", "options", "curves", "test_curve")
 CURVE = ("iteration", "train_seconds", "psnr")
 # No figure of a run is larger; sums and squares of these stay finite.

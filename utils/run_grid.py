@@ -13,7 +13,18 @@ BASELINE = "full"
 # A figure beyond this is no measurement; what is computed with it would only overflow.
 LARGEST_FIGURE = 1e15
 # How runs were started and where they lie: options in which runs of one row may differ, besides the seed.
-HOW_STARTED = ("config", "demo", "overwrite", "debug", "device", "seeds", "strategies", "multi_data", "datasets")
+HOW_STARTED = (
+    "config",
+    "demo",
+    "check_only",
+    "overwrite",
+    "debug",
+    "device",
+    "seeds",
+    "strategies",
+    "multi_data",
+    "datasets",
+)
 SWEEP = ("compare", "dry_run", "retry_failed", "shard", "gpus", "jobs", "launcher")
 WHERE = ("save_dir", "up_folder_name", "tag", "data_folder")
 NOT_COMPARED = frozenset(["seed", *HOW_STARTED, *SWEEP, *WHERE])

@@ -31,6 +31,7 @@ SHARED = frozenset(
         "data_folder",
         "save_dir",
         "up_folder_name",
+        "check_only",
         "overwrite",
         "debug",
         "device",

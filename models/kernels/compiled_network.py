@@ -23,7 +23,7 @@ _UNIT, _TILE = 32, 64  # network.cpp's padding; samples it takes at once
 # Samples whose d loss / d products is held at once, 4*P bytes each, which should fit into a cache; parts of them whose
 # gradients of the weights are summed apart.
 _BLOCK, _SHARES = 1 << 13, 16
-_KEPT = 48 << 10  # samples whose hidden layers are stored, 55 MB
+_KEPT = 48 << 10  # samples whose hidden layers are stored, 54 MB
 
 
 class _Colours(ctypes.Structure):

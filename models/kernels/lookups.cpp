@@ -4,9 +4,9 @@
 // (channels-last), taps: the rows around a point, 2 along a line and 4 in a plane; those outside weigh nothing. A group
 // is a plane and a line (VM) or three lines (CP) whose lookups are multiplied.
 //
-// A row's channels lie together, so arithmetic runs over vectors of 16, then 4, then single channels. Points are shared
-// out (forward, positions, CP's backward) or bands of plane rows (VM's backward), so that no two shares write to one
-// place and every sum has one order for a given number of threads.
+// A row's channels lie together, so arithmetic runs over vectors of 16 (8 without AVX-512), then 4, then single channels.
+// Points are shared out (forward, positions, CP's backward) or bands of plane rows (VM's backward), so that no two
+// shares write to one place and every sum has one order for a given number of threads.
 #include "lookups.h"
 
 #include "denormals.h"
@@ -78,8 +78,8 @@ void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group
         for (int64_t k = 0; k < band.count; ++k) {
             if (const int64_t later = k + AHEAD; later < band.count) {
                 const auto rows = plane_taps(plane, Place{band.block, later}, grid, channels);
-                fetch_rows(plane.values, rows, channels);
-                fetch_rows(plane_gradient, rows, channels);
+                fetch_rows<0>(plane.values, rows, channels);
+                fetch_rows<1>(plane_gradient, rows, channels);
                 for (int64_t c = 0; !SUM && c < channels; c += 16)
                     __builtin_prefetch(upstream + band.numbers[later] * width + g.offset + c);
             }

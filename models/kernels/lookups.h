@@ -134,7 +134,7 @@ struct Block {
             const float position = ((xyz[3 * k + axis] + 1) / 2) * (size - 1);
             const float lower = std::floor(position), upper_share = position - lower;
             const bool low_in = (lower >= 0) & (lower < size), high_in = (lower >= -1) & (lower < size - 1);
-            const int32_t index = static_cast<int32_t>(low_in | high_in ? lower : 0);
+            const int32_t index = static_cast<int32_t>((low_in | high_in) ? lower : 0);
             low[k] = low_in ? index : 0;
             high[k] = high_in ? index + 1 : 0;
             low_share[k] = low_in ? 1 - upper_share : 0;
@@ -202,9 +202,10 @@ inline void product_of(const Group& g, const At& at, const int32_t* grid, Channe
 }
 
 // Asks for the rows around a later point of a block: they come from far away, and a CPU looks only some points ahead.
+template <int WRITE>
 inline void fetch_rows(const float* table, const Taps<4>& taps, int64_t channels) {
     for (int tap = 0; tap < 4; ++tap)
-        for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(table + taps.row[tap] + c, 1);
+        for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(table + taps.row[tap] + c, WRITE);
 }
 
 // use(k, V product, c) for points 0..n-1 of a block.
@@ -213,7 +214,7 @@ inline void products_of(const Group& g, const Block& block, int64_t n, const int
     with_channels(g.channels, [&](auto channels) {
         for (int64_t k = 0; k < n; ++k) {
             if (g.tables[0].axes[1] >= 0 && k + AHEAD < n)
-                fetch_rows(g.tables[0].values, plane_taps(g.tables[0], Place{block, k + AHEAD}, grid, channels), channels);
+                fetch_rows<0>(g.tables[0].values, plane_taps(g.tables[0], Place{block, k + AHEAD}, grid, channels), channels);
             product_of(g, Place{block, k}, grid, channels, [&](auto product, int64_t c) { use(k, product, c); });
         }
     });
