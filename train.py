@@ -37,7 +37,7 @@ from utils.console import say
 from utils.curves import read_curves
 from utils.device import choose_device, device_name
 from utils.errors import CheckpointError, SceneError, UserError
-from utils.logs import RunLog
+from utils.logs import RunLog, checked_position
 from utils.memory import MemoryMeter, keep_freed_memory, objects_set_aside, tensors_mb
 from utils.run_folder import git_commit, prepare_run_folder, read_json, run_folder, write_json_atomic
 from utils.run_lock import RunLock, run_lock
@@ -388,8 +388,11 @@ class Trainer:
             self.train_seconds, self.setup_seconds = state["seconds"]
             self.stages.load_state_dict(state["stages"])
             self.draws.tensor.copy_(state["draws"])
-            unreported, self.log_position = state["unreported"], state["log"]
-            self.losses = list(unreported["losses"].to(self.device))
+            unreported, self.log_position = state["unreported"], checked_position(state["log"])
+            losses = unreported["losses"]
+            if losses.shape[1:] != (2,) or len(losses) > state["iteration"] or not losses.is_floating_point():
+                raise ValueError(f"losses of shape {list(losses.shape)}, {losses.dtype}")
+            self.losses = list(losses.to(self.device))
             self.unreported_seconds = unreported["seconds"]
             self.sampler_seconds, self.owes_pictures = unreported["sampler_seconds"], unreported["owes_pictures"]
             self.iteration = state["iteration"]

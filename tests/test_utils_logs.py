@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers import ROOT
 from utils.errors import RunFolderError
-from utils.logs import RunLog
+from utils.logs import RunLog, checked_position
 
 
 def lines(folder):
@@ -130,3 +130,10 @@ def test_a_disk_that_fills_up_stops_the_log_at_once_with_one_line(tmp_path, what
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "metrics.jsonl (File too large): free some space" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [None, ["x"], {"metrics.jsonl": "a"}, {"metrics.jsonl": -1}, {1: 1}, {"a": True}])
+def test_a_position_that_is_none_is_refused(value):
+    with pytest.raises(TypeError):
+        checked_position(value)
+    assert checked_position({"metrics.jsonl": 3}) == {"metrics.jsonl": 3}

@@ -18,6 +18,15 @@ from utils.run_folder import atomic_file, json_value, naming_os_errors
 EVENTS = "events.out.tfevents."
 
 
+def checked_position(value: object) -> dict[str, int]:
+    """`value` if it is what `RunLog.position` says: bytes by name of file. Raises TypeError otherwise."""
+    if not isinstance(value, dict) or not all(
+        isinstance(k, str) and type(v) is int and v >= 0 for k, v in value.items()
+    ):
+        raise TypeError("the log's position is no table of sizes")
+    return value
+
+
 class RunLog:
     """Writes {folder}/metrics.jsonl, one line per logged step, and TensorBoard events beside it.
 

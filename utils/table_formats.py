@@ -173,7 +173,7 @@ def _is_best(row: Row, rivals: Sequence[Row], metric: Metric) -> bool:
     return (
         own.whole
         and len(whole) > 1
-        and round(own.mean, metric.digits) == best(round(spread.mean, metric.digits) for spread in whole)
+        and round(own.mean, metric.printed) == best(round(spread.mean, metric.printed) for spread in whole)
     )
 
 
