@@ -322,10 +322,11 @@ OPTIONS = {
 }
 BY_NAME = {option.name: option for group in OPTIONS.values() for option in group}
 
-# What may differ between a run and its resumption: where things lie, what is shown and how often; not the result.
+# What may differ between a run and its resumption: where things lie, what is shown and how often; not the result, and
+# not the views that it is scored on.
 RUN_IDENTITY_EXEMPT = frozenset(
     {option.name for group in ("run", "several runs", "evaluation and output") for option in OPTIONS[group]}
-    - {"seed", "ckpt"}
+    - {"seed", "ckpt", "test_every"}
     | {"data_folder"}
 )
 

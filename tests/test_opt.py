@@ -311,7 +311,16 @@ def test_parsing_leaves_the_defaults_as_they_are():
 
 def test_what_decides_a_result_is_part_of_a_runs_identity():
     assert set(BY_NAME) > RUN_IDENTITY_EXEMPT
-    decisive = {"seed", "strategy", "nerf_dataset", "nerf_scene", "n_iters", "downsample_test", "filter_rays"}
+    decisive = {
+        "seed",
+        "strategy",
+        "nerf_dataset",
+        "nerf_scene",
+        "n_iters",
+        "downsample_test",
+        "filter_rays",
+        "test_every",
+    }
     assert not decisive & RUN_IDENTITY_EXEMPT
     assert {"device", "overwrite", "save_dir", "data_folder", "vis_every"} <= RUN_IDENTITY_EXEMPT
 

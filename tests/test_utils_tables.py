@@ -6,7 +6,7 @@ import re
 import pytest
 
 import utils.tables
-from opt import OPTIONS
+from opt import RUN_IDENTITY_EXEMPT
 from utils.run_folder import run_folder, write_json_atomic
 from utils.run_grid import NOT_COMPARED
 from utils.table_formats import tex
@@ -164,12 +164,44 @@ def test_runs_that_do_not_belong_together_are_pointed_out(grid):
     write_tables(grid)
     notes = markdown(grid)[1]
     assert "- careful: not all runs have the same device (a GPU, cpu)" in notes
-    assert "- careful: the runs of lego, full do not have the same settings" in notes
+    assert "- careful: the runs of lego, full do not have the same settings (lr_init)" in notes
     assert table(grid)["lego", "full"]["device"] == "a GPU, cpu"
 
 
-def test_how_runs_were_started_is_not_a_setting_of_theirs():
-    assert {option.name for group in ("run", "several runs") for option in OPTIONS[group]} <= NOT_COMPARED
+def test_what_a_resumed_run_may_change_is_not_a_setting_of_its():
+    assert RUN_IDENTITY_EXEMPT | {"seed"} == NOT_COMPARED
+
+
+def test_settings_that_a_tag_does_not_tell_are_named_under_the_table(root):
+    options = {"strategy": "full", "density_shift": -10.0, "es_ratio": 1.0, "save_every": 1000}
+    changed = {"strategy": "expansive", "es_ratio": 0.5, "save_every": 7}
+    for scene in ("lego", "ship"):
+        add_run(root, scene, "full", 0, psnr=30.0, options=options)
+        add_run(root, scene, "expansive-es_ratio0.5", 0, psnr=31.0, options=options | changed)
+        add_run(root, scene, "egra", 0, psnr=32.0, options=options | {"strategy": "egra", "density_shift": -9.0})
+    write_tables(root)
+    rows, notes = markdown(root)
+    assert notes == ["- careful: lego, ship: egra also differs from full in density_shift = -9.0"]
+    assert rows["lego", "egra"]["PSNR - full"] == "+2.00"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"options": {"test_every": 8}},
+        {"options": {"test_every": 1, "downsample_test": 2.0}},
+        {"per_view": {"indices": [0, 8]}},
+    ],
+)
+def test_there_is_no_difference_between_runs_scored_on_other_views(root, other):
+    base = {"options": {"test_every": 1, "downsample_test": 1.0}, "per_view": {"indices": [0, 1]}}
+    add_run(root, "lego", "full", 0, psnr=30.0, **base)
+    add_run(root, "lego", "soft", 0, psnr=31.0, **base | other)
+    add_run(root, "lego", "egra", 0, psnr=32.0, **base)
+    write_tables(root)
+    rows, notes = markdown(root)
+    assert (rows["lego", "soft"]["PSNR - full"], rows["lego", "egra"]["PSNR - full"]) == ("n/a", "+2.00")
+    assert [note for note in notes if "soft" in note and "no difference" in note] == notes[:1]
 
 
 def test_runs_of_the_cp_decomposition_are_compared_with_their_own_full(root):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.plots import write_figures
 from utils.run_folder import atomic_file, naming_os_errors
-from utils.run_grid import baseline_of, mixed_settings, number, tag_order
+from utils.run_grid import PROTOCOL, baseline_of, changed_settings, mixed_settings, number, scored_alike, tag_order
 from utils.table_formats import MISSING
 from utils.tables import collect_results
 
@@ -65,13 +65,11 @@ WORK = (
 )
 TABLES = {"Quality and time": QUALITY, "Milliseconds a step by phase": TIME, "Memory": MEMORY, "Work a step": WORK}
 SAME = ("device", "torch", "commit", "kernels")
-# Options that must agree before a difference in PSNR says something about the strategies.
-PROTOCOL = ("n_iters", "test_every", "downsample_train", "demo_resolution")
 
 READING = """
 PSNR, SSIM and LPIPS are means over all scored test views; +- is the standard deviation over seeds (n - 1).
 Rows are all finished runs of the scene. `PSNR - full` is the mean, over the seeds that both have, of the difference
-to `full` with the same seed.
+to `full` with the same seed, where both were scored on the same views.
 Seconds are whole training steps, without evaluations. MB are 2^20 bytes; on a CPU, growth of resident memory.
 The mask is the alpha mask: before its first update a ray is looked up along all of its way through the box, after
 the last growth of the field only where there is something.
@@ -114,18 +112,16 @@ def rows_by_tag(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def paired_differences(rows: dict[str, list[dict]], tag: str, key: str = "psnr") -> list[float]:
-    """Differences of a figure to the baseline's, a seed each that both have."""
-    base = {run.get("seed"): run.get(key) for run in rows.get(baseline_of(rows[tag]), [])}
-    pairs = [(run.get(key), base.get(run.get("seed"))) for run in rows[tag]]
-    return [mine - other for mine, other in pairs if mine is not None and other is not None]
+    """Differences of a figure to the baseline's, a seed each that both have and in which both were scored alike."""
+    base = {run.get("seed"): run for run in rows.get(baseline_of(rows[tag]), [])}
+    pairs = [(run, base.get(run.get("seed"), {})) for run in rows[tag]]
+    known = [pair for pair in pairs if None not in [run.get(key) for run in pair] and scored_alike(*pair)]
+    return [mine[key] - other[key] for mine, other in known]
 
 
-def changed_settings(rows: dict[str, list[dict]], tag: str) -> dict:
-    """Options in which a row differs from the baseline, besides strategy and tag: those of its first run."""
-    ours = rows[tag][0].get("options") or {}
-    base = (rows.get(baseline_of(rows[tag])) or next(iter(rows.values())))[0].get("options") or {}
-    leave = ("strategy", "tag", "seed", "seeds", "strategies", "compare", "overwrite", "save_dir", "debug", "device")
-    return {k: v for k, v in ours.items() if k in base and base[k] != v and k not in leave}
+def _changed(rows: dict[str, list[dict]], tag: str) -> dict:
+    """Settings in which a row differs from the baseline, or without one from the first row."""
+    return changed_settings(rows[tag], rows.get(baseline_of(rows[tag])) or next(iter(rows.values())))
 
 
 def _cell(values: list[float | None], digits: int) -> str:
@@ -159,7 +155,7 @@ def markdown(rows: dict[str, list[dict]], unfinished: list[str]) -> str:
 def _settings_lines(rows: dict[str, list[dict]]) -> list[str]:
     lines = []
     for tag in rows:
-        changed = changed_settings(rows, tag)
+        changed = _changed(rows, tag)
         if changed:
             lines.append(
                 f"{tag} also differs from the first row in " + ", ".join(f"{k} = {v}" for k, v in changed.items())
@@ -182,14 +178,14 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
         for base in sorted({baseline_of(group) for group in rows.values()} - rows.keys())
     ]
     for tag in rows:
-        other = {k: v for k, v in changed_settings(rows, tag).items() if k in PROTOCOL}
+        other = {k: v for k, v in _changed(rows, tag).items() if k in PROTOCOL}
         if other:
             told = ", ".join(f"{k} = {v}" for k, v in other.items())
             lines.append(f"**careful**: {tag} ran under another protocol ({told}), which its differences hold too")
     lines += [
-        f"**careful**: the runs of {tag} do not have the same settings"
+        f"**careful**: the runs of {tag} do not have the same settings ({', '.join(mixed)})"
         for tag, group in rows.items()
-        if mixed_settings(group)
+        if (mixed := mixed_settings(group))
     ]
     return lines + [f"**missing**: {name} is not finished" for name in unfinished]
 
@@ -202,7 +198,7 @@ def _record(tag: str, group: list[dict], rows: dict[str, list[dict]]) -> dict[st
         record |= _mean_and_std("_".join(column.path), [column.of(run) for run in group])
     record |= _mean_and_std("psnr_minus_full", paired_differences(rows, tag))
     record |= {key: " ".join(sorted({str(run.get(key)) for run in group})) for key in SAME}
-    return record | {"settings": json.dumps(changed_settings(rows, tag))}
+    return record | {"settings": json.dumps(_changed(rows, tag))}
 
 
 def _mean_and_std(name: str, values: list[float | None]) -> dict[str, object]:

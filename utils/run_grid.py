@@ -12,22 +12,17 @@ BASELINES = {"TensorCP": "full_cp"}
 BASELINE = "full"
 # A figure beyond this is no measurement; what is computed with it would only overflow.
 LARGEST_FIGURE = 1e15
-# How runs were started and where they lie: options in which runs of one row may differ, besides the seed.
-HOW_STARTED = (
-    "config",
-    "demo",
-    "check_only",
-    "overwrite",
-    "debug",
-    "device",
-    "seeds",
-    "strategies",
-    "multi_data",
-    "datasets",
-)
-SWEEP = ("compare", "dry_run", "retry_failed", "shard", "gpus", "jobs", "launcher")
-WHERE = ("save_dir", "up_folder_name", "tag", "data_folder")
-NOT_COMPARED = frozenset(["seed", *HOW_STARTED, *SWEEP, *WHERE])
+# Options that say nothing about what a run computes: how it was started, where it lies, what is shown and how often.
+HOW_STARTED = ("config", "demo", "check_only", "overwrite", "debug", "device", "seeds", "strategies", "multi_data")
+SWEEP = ("datasets", "compare", "dry_run", "retry_failed", "shard", "gpus", "jobs", "launcher")
+WHERE = ("save_dir", "up_folder_name", "tag", "data_folder", "lpips_weights")
+SHOWN = ("N_vis", "vis_every", "progress_refresh_rate", "save_every", "eval_chunk")
+OUTPUT = ("render_test", "render_train", "render_path", "render_only", "export_mesh", "export_tensorf")
+NOT_COMPARED = frozenset(["seed", *HOW_STARTED, *SWEEP, *WHERE, *SHOWN, *OUTPUT])
+# Options that say on what a run is scored: runs that differ here have no difference in quality.
+SCORED_ON = ("test_every", "downsample_test", "skip_missing_frames", "demo_resolution")
+# Options that must agree before a difference in PSNR says something about the strategies.
+PROTOCOL = ("n_iters", "downsample_train", *SCORED_ON)
 # What shows that a folder is a run's.
 RUN_MARKS = ("results.json", "args.json", "failed.json")
 
@@ -65,11 +60,39 @@ def tag_order(tag: str) -> tuple[bool, str]:
     return tag not in (BASELINE, *BASELINES.values()), tag
 
 
-def mixed_settings(runs: Sequence[dict]) -> bool:
-    """Whether runs of one row differ in more than the seed and where they lie."""
-    options = [run["options"] if isinstance(run.get("options"), dict) else {} for run in runs]
-    settings = [{k: v for k, v in each.items() if k not in NOT_COMPARED} for each in options]
-    return any(other != settings[0] for other in settings)
+def settings_of(run: dict) -> dict:
+    """The options of a run that say what it computes."""
+    options = run["options"] if isinstance(run.get("options"), dict) else {}
+    return {name: value for name, value in options.items() if name not in NOT_COMPARED}
+
+
+def mixed_settings(runs: Sequence[dict]) -> list[str]:
+    """Names of the settings in which runs of one row differ."""
+    settings, absent = [settings_of(run) for run in runs], object()
+    names = sorted(set().union(*settings))
+    return [k for k in names if any(each.get(k, absent) != settings[0].get(k, absent) for each in settings)]
+
+
+def changed_settings(runs: Sequence[dict], base: Sequence[dict]) -> dict:
+    """Settings besides the strategy in which a row's first run differs from `base`'s."""
+    if not runs or not base:
+        return {}
+    ours, others = settings_of(runs[0]), settings_of(base[0])
+    return {k: v for k, v in ours.items() if k in others and others[k] != v and k != "strategy"}
+
+
+def scored_alike(run: dict, other: dict) -> bool:
+    """Whether two runs were scored on the same views, as far as they say on which."""
+    ours, others = settings_of(run), settings_of(other)
+    views = [_views(run), _views(other)]
+    return (None in views or views[0] == views[1]) and all(
+        ours[key] == others[key] for key in SCORED_ON if key in ours and key in others
+    )
+
+
+def _views(run: dict) -> list | None:
+    views = run["per_view"].get("indices") if isinstance(run.get("per_view"), dict) else None
+    return views if isinstance(views, list) else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +161,8 @@ class Grid:
     def spread(self, scenes: Sequence[str], tag: str, key: str, minus: str | None = None) -> Spread:
         """Over seeds: of figure `key`, or of its difference to tag `minus`'s with the same scene and seed.
 
-        A seed's value is the mean over `scenes`; it has none unless every scene has one.
+        A seed's value is the mean over `scenes`; it has none unless every scene has one. Runs that were not scored
+        alike have no difference.
         """
         values = []
         for seed in self.seeds:
@@ -151,5 +175,6 @@ class Grid:
         value = number(self.finished.get((scene, tag, seed), {}).get(key))
         if value is None or minus is None:
             return value
-        other = number(self.finished.get((scene, minus, seed), {}).get(key))
-        return None if other is None else value - other
+        base = self.finished.get((scene, minus, seed), {})
+        other = number(base.get(key))
+        return value - other if other is not None and scored_alike(self.finished[scene, tag, seed], base) else None

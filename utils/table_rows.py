@@ -1,9 +1,10 @@
 """Rows of the result tables: a strategy entry in a scene, or its mean over scenes, and what to know beside them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.run_grid import Grid, Spread, baseline_of, mixed_settings
+from utils.run_grid import Grid, Spread, baseline_of, changed_settings, mixed_settings, scored_alike
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,36 @@ def notes_of(grid: Grid) -> list[str]:
         if len(known) > 1:
             notes.append(f"careful: not all runs have the same {key} ({', '.join(known)})")
     for scene in grid.scenes:
-        mixed = [tag for tag in grid.tags if mixed_settings(grid.runs([scene], tag))]
-        notes += [f"careful: the runs of {scene}, {tag} do not have the same settings" for tag in mixed]
+        for tag in grid.tags:
+            if mixed := mixed_settings(grid.runs([scene], tag)):
+                told = one_line(", ".join(mixed))
+                notes.append(f"careful: the runs of {scene}, {tag} do not have the same settings ({told})")
+    notes += _changed_notes(grid)
     for (scene, tag, why), seeds in grid.missing().items():
         told = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         notes.append(f"missing: {scene}, {tag}, {told}: {why}")
     return notes
+
+
+def _changed_notes(grid: Grid) -> list[str]:
+    """A note for each tag and the settings, untold by the tag, in which it differs from the baseline in some scenes."""
+    scenes: dict[str, list[str]] = {}
+    for tag in grid.tags:
+        for scene in grid.scenes:
+            runs = grid.runs([scene], tag)
+            base = grid.runs([scene], baseline_of(runs))
+            told = [f"{k} = {v}" for k, v in changed_settings(runs, base).items() if not _tag_tells(tag, k)]
+            if told:
+                alike = scored_alike(runs[0], base[0])
+                end = "" if alike else "; it was scored on other views or pixels, so there is no difference to it"
+                note = f"{tag} also differs from {baseline_of(runs)} in {one_line(', '.join(told))}{end}"
+                scenes.setdefault(note, []).append(scene)
+    return [f"careful: {', '.join(names)}: {note}" for note, names in scenes.items()]
+
+
+def _tag_tells(tag: str, setting: str) -> bool:
+    """Whether a tag, as run.py makes them of strategies with settings of their own, names a setting."""
+    return re.search(rf"-{re.escape(setting)}(?![A-Za-z_])", tag) is not None
 
 
 def one_line(value: object) -> str:
