@@ -2,6 +2,7 @@
 
 import functools
 import io
+import time
 import warnings
 from pathlib import Path
 from random import Random
@@ -26,6 +27,7 @@ TINY = (
 )
 
 
+LOGGED = b'{"step": 1}\n'
 STRATEGIES = ("full", "soft", "egra", "expansive")
 
 
@@ -39,7 +41,8 @@ def trainer(strategy: str):
     device = torch.device("cpu")
     made = train.Trainer(options, Path(), device, scenes, None, MemoryMeter(device))
     made.begin()
-    made.step()
+    made.reported_at = time.perf_counter()
+    made.losses.append(made.step())
     made.iteration = 1
     made.log = NoLog()
     return made, made.state_dict()
@@ -49,16 +52,21 @@ class NoLog:
     """Stands where a run's log would be."""
 
     def position(self) -> dict:
-        """As an empty log."""
-        return {}
+        """As a log of one line."""
+        return {"metrics.jsonl": len(LOGGED), "events.out.tfevents.1": 0}
 
 
 def resume(r: Random, place: Path) -> None:
-    """A damaged checkpoint of a run, restored; a step must work with what was accepted."""
+    """A damaged checkpoint of a run, restored; its log, a step and a report must work with what was accepted."""
     made, state = trainer(r.choice(STRATEGIES))
     write_damaged(r, place / "ckpt_1.th", state)
+    (place / "metrics.jsonl").write_bytes(LOGGED)
+    made.folder = place
     made.restore(place / "ckpt_1.th")
-    made.step()
+    made.open_log()
+    made.log.close()
+    made.losses.append(made.step())
+    made.read_losses()
 
 
 def checkpoint(name: str, r: Random, place: Path) -> None:

@@ -283,6 +283,13 @@ def test_the_best_of_a_scene_is_bold_and_columns_without_figures_are_left_out(gr
     assert r"\\ % seeds 2 of 2; n_iters 100; batch_size 4096; device cpu; commit abc" in text
 
 
+def test_what_looks_alike_in_print_is_bold_alike(root):
+    for tag, ssim in (("full", 0.91234), ("egra", 0.91189), ("soft", 0.9114)):
+        add_run(root, "lego", tag, 0, psnr=30.0, ssim=ssim)
+    write_tables(root)
+    assert {row[1]: "mathbf" in row[4] for row in tex_rows(root)} == {"full": True, "egra": True, "soft": False}
+
+
 def test_fewer_seeds_or_another_device_win_nothing(grid):
     add_run(grid, "lego", "full", 2, psnr=30.0, train_seconds=70)
     add_run(grid, "ship", "egra", 0, psnr=99.0, train_seconds=1, device="a GPU")
