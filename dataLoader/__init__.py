@@ -19,7 +19,8 @@ from dataLoader.demo import ensure_demo_scene
 from dataLoader.images import quiet_pillow
 from dataLoader.plausible import check_plan, check_shared_images
 from dataLoader.problems import Problems
-from utils.errors import OptionError, SceneError
+from utils.console import say
+from utils.errors import OptionError, SceneError, printable
 
 __all__ = [
     "FORMATS",
@@ -137,10 +138,15 @@ def _existing_folder(dataset: str, data_folder: str | Path, scene: str, progress
 
 
 def scene_names(dataset: str, data_folder: str | Path) -> list[str]:
-    """The scenes of a format that are on disk, sorted; for the demo, which needs no files, at least its own."""
+    """The scenes of a format that are on disk, sorted; for the demo, which needs no files, at least its own.
+
+    Says which folders beside them are left out, and why.
+    """
     chosen = _format(dataset)
     folder = Path(data_folder) / chosen.folder
     names = _scenes_in(folder, chosen.markers)
+    for child in sorted(set(_folders_in(folder)) - set(names)):
+        say(printable(f"left out: {chosen.folder}/{child} (no {' or '.join(chosen.markers)})"))
     if dataset == "demo":
         return names or [demo.scene_name(demo.DEFAULT_RESOLUTION)]
     if not names:
@@ -161,7 +167,10 @@ def _format(dataset: str) -> Format:
 
 
 def _scenes_in(folder: Path, markers: tuple[str, ...]) -> list[str]:
+    return [name for name in _folders_in(folder) if any((folder / name / marker).exists() for marker in markers)]
+
+
+def _folders_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    children = [child for child in list_folder(folder) if child.is_dir() and not child.name.startswith(".")]
-    return sorted(child.name for child in children if any((child / marker).exists() for marker in markers))
+    return sorted(child.name for child in list_folder(folder) if child.is_dir() and not child.name.startswith("."))

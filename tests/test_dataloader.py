@@ -80,7 +80,7 @@ def test_scene_bbox_replaces_the_box_of_every_format():
         assert scene.aabb.tolist() == [[-1, -2, -3], [1, 2, 3.5]]
 
 
-def test_scene_names_lists_what_is_on_disk_and_scene_folder_finds_it(tmp_path):
+def test_scene_names_lists_what_is_on_disk_and_scene_folder_finds_it(tmp_path, capsys):
     assert scene_names("syn", SCENES) == ["tiny"]
     assert scene_names("tt", SCENES) == ["Tiny"]
     assert scene_folder("llff", SCENES, "tiny") == SCENES / "nerf_llff_data" / "tiny"
@@ -88,7 +88,9 @@ def test_scene_names_lists_what_is_on_disk_and_scene_folder_finds_it(tmp_path):
         (tmp_path / "nerf_synthetic" / name).mkdir(parents=True)
         (tmp_path / "nerf_synthetic" / name / "transforms_train.json").write_text("{}")
     (tmp_path / "nerf_synthetic" / "no_scene").mkdir()
+    capsys.readouterr()
     assert scene_names("syn", tmp_path) == ["a", "b"]
+    assert capsys.readouterr().out == "left out: nerf_synthetic/no_scene (no transforms_train.json)\n"
 
 
 def save(path, array, **options):
