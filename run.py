@@ -87,9 +87,10 @@ def run_experiment(strategy: str, use_cuda: int, *extra: str) -> None:
     """
     arguments = compose(strategy, [*extra, *sys.argv[1:]])
     chosen = parse_options(arguments)
-    plan = planned_runs(arguments, use_cuda)
     if chosen.check_only:
-        return check_scenes(plan)
+        absent: list[str] = []
+        return check_scenes(planned_runs(arguments, use_cuda, absent), absent)
+    plan = planned_runs(arguments, use_cuda)
     several = any(getattr(chosen, name) for name in ("compare", "dry_run", "shard", "gpus"))
     if len(plan) == 1 and not several and chosen.launcher == "local":
         return run_one(plan[0])
@@ -168,13 +169,26 @@ def make_launcher(chosen: Namespace):
     return LocalLauncher(JOB_COMMAND, local_slots(chosen.gpus, chosen.jobs, n_devices))
 
 
-def planned_runs(arguments: Sequence[str], use_cuda: int) -> list[Namespace]:
-    """The options of every run that a command line asks for. Raises UserError for what can be known to be wrong."""
+def planned_runs(arguments: Sequence[str], use_cuda: int, absent: list[str] | None = None) -> list[Namespace]:
+    """The options of every run that a command line asks for. Raises UserError for what can be known to be wrong.
+
+    absent: takes what is wrong with those of --datasets that are not there, which otherwise is an error.
+    """
     datasets = parse_options(arguments).datasets
     if not datasets:
         return dataset_runs(arguments, use_cuda)
     one = ("--datasets", "None", "--multi_data", "--nerf_dataset")
-    return [options for name in datasets for options in dataset_runs([*arguments, *one, name], use_cuda)]
+    plan, missing = [], []
+    for name in datasets:
+        try:
+            plan += dataset_runs([*arguments, *one, name], use_cuda)
+        except SceneError as error:
+            missing.append(str(error))
+    if missing and absent is None:
+        raise SceneError("\n".join(missing))
+    if absent is not None:
+        absent += missing
+    return plan
 
 
 def dataset_runs(arguments: Sequence[str], use_cuda: int) -> list[Namespace]:
@@ -250,11 +264,10 @@ def check_ready(options: Namespace) -> None:
     check_strategy(options.strategy)
     folder = Path(options.data_folder) / FORMATS[options.nerf_dataset].folder
     if options.nerf_dataset != "demo" and not folder.is_dir():
-        wanted = options.nerf_scene or "the scenes"
-        raise SceneError(
-            f"{folder} is not there: data/README.md says where to get {wanted} and where to put it (or --data_folder)\n"
-            "to start without any data, train on the built-in scene: python run.py --demo"
-        )
+        wanted = options.nerf_scene or "its scenes"
+        message = f"{folder} is not there: data/README.md says where to get {wanted} and where to put it"
+        hint = "\nto start without any data, train on the built-in scene: python run.py --demo"
+        raise SceneError(f"{message} (or --data_folder){'' if options.multi_data else hint}")
 
 
 def choose_device(name: str, use_cuda: int) -> str:
@@ -277,10 +290,11 @@ def chosen_scenes(options: Namespace) -> list[str]:
     return [options.nerf_scene]
 
 
-def check_scenes(plan: Sequence[Namespace]) -> None:
+def check_scenes(plan: Sequence[Namespace], absent: Sequence[str]) -> None:
     """With --check_only: say of every scene of the plan what there is and all that is wrong. Raises SceneError, after
-    all of them, if any has problems."""
+    all of them, if any has problems or a data set is not there (absent: lines that say so)."""
     import train
+    from components.perceptual import weights_line
 
     # A scene's seeds and strategies share its data; what a strategy's own settings ask for is looked at for each.
     first_seed = [options for options in plan if options.seed == plan[0].seed]
@@ -295,8 +309,11 @@ def check_scenes(plan: Sequence[Namespace]) -> None:
             faulty.add(scene)
     for (dataset, name), told in lines.items():
         print("\n  ".join([f"{dataset}/{name}: {'problems' if (dataset, name) in faulty else 'good'}", *told]))
-    if faulty:
-        raise SceneError(f"{len(faulty)} of {len(lines)} scenes have problems, see above")
+    for line in dict.fromkeys(weights_line(options.lpips_weights) for options in first_seed):
+        print(line)
+    faults = [f"{len(faulty)} of {len(lines)} scenes have problems, see above"] if faulty else []
+    if faults or absent:
+        raise SceneError("\n".join([*faults, *absent]))
 
 
 def run_one(options: Namespace) -> None:

@@ -103,6 +103,16 @@ def load_perceptual_metrics(weights_dir: str | None, device: torch.device | str)
     return PerceptualMetrics(networks, lines, torch.device(device))
 
 
+def weights_line(weights_dir: str | None) -> str:
+    """Whether the backbones' weights are at hand, as one line for the user; looks at the names of files only."""
+    folders = [Path(weights_dir)] if weights_dir else []
+    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+    there = {name: any(_find(folder, backbone) for folder in folders) for name, backbone in BACKBONES.items()}
+    told = ", ".join(f"{name} {'there' if found else 'missing (n/a in tables)'}" for name, found in there.items())
+    remedy = "" if all(there.values()) else f"; they are looked for in {' and '.join(map(str, folders))}"
+    return f"LPIPS weights: {told}{remedy}"
+
+
 def check_weights_folder(folder: Path) -> None:
     """Raise UserError if the folder of --lpips_weights does not exist or holds no backbone's file."""
     if not folder.is_dir():

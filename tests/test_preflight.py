@@ -17,6 +17,7 @@ from PIL import Image
 import dataLoader.assemble
 import run
 import train
+import utils.device
 import utils.resources
 from dataLoader import inspect_scene, load_scene
 from models import build_field
@@ -27,7 +28,7 @@ from utils.errors import SceneError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY = (
-    *("--device", "cpu", "--nerf_dataset", "syn", "--n_iters", "2", "--batch_size", "32", "--N_voxel_init", "64"),
+    *("--device", "cpu", "--n_iters", "2", "--batch_size", "32", "--N_voxel_init", "64"),
     *("--N_voxel_final", "64", "--upsamp_list", "[]", "--update_AlphaMask_list", "[]", "--N_vis", "0"),
     *("--render_test", "0", "--data_folder", "data", "--save_dir", "log"),
 )
@@ -47,7 +48,8 @@ def start(desk, monkeypatch, capsys):
     """start(*options) runs run.py's main: (exit code, stdout, stderr)."""
 
     def go(*options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["run.py", *TINY, *options])
+        dataset = () if "--datasets" in options else ("--nerf_dataset", "syn")
+        monkeypatch.setattr(sys, "argv", ["run.py", *TINY, *dataset, *options])
         capsys.readouterr()
         code = run.exit_code(run.main)
         out, err = capsys.readouterr()
@@ -134,6 +136,32 @@ def test_check_only_goes_on_past_a_bad_scene(start, desk):
     heads = [line for line in out.splitlines() if line.startswith("syn/")]
     assert heads == ["syn/bad: problems", "syn/good: good", "syn/worse: problems"]
     assert "2 of 3 scenes have problems" in err
+
+
+def test_check_only_looks_at_the_data_sets_that_are_there_and_names_all_that_are_not(start, desk):
+    (desk / "halfdone").mkdir()
+    code, out, err = start("--datasets", "nsvf,syn,llff", "--check_only")
+    assert code == 2
+    assert "left out: nerf_synthetic/halfdone (no transforms_train.json)" in out
+    assert "syn/bad: good" in out
+    assert len(re.findall(r"^(error: )?data/(Synthetic_NSVF|nerf_llff_data) is not there", err, re.M)) == 2
+    code, _, sweep = start("--datasets", "nsvf,syn,llff", "--dry_run")
+    assert (code, sweep) == (2, err)
+    assert "--demo" not in err
+
+
+def test_check_only_says_once_what_holds_for_all_runs(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    utils.device._tell_cpu.cache_clear()
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints/alexnet-0.pth").touch()
+    code, out, _ = start("--multi_data", "--check_only", "--strategies", "full,soft", "--device", "auto")
+    assert code == 0
+    assert out.count("using the CPU") == 1
+    assert re.findall("LPIPS.*", out) == [
+        f"LPIPS weights: alex there, vgg missing (n/a in tables); they are looked for in {tmp_path / 'hub/checkpoints'}"
+    ]
 
 
 def test_check_only_of_a_scene_that_is_not_there_is_an_error(start):

@@ -1,5 +1,6 @@
 """The device of a run, and what the computer is called, for tables that say where a figure was measured."""
 
+import functools
 import platform
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def choose_device(name: str) -> torch.device:
     """The device of `--device`; auto takes CUDA when there is one. Raises OptionError if it is not there."""
     if name == "auto":
         if not torch.cuda.is_available():
-            say("no CUDA device found: using the CPU")
+            _tell_cpu()
             return torch.device("cpu")
         name = f"cuda:{torch.cuda.current_device()}"
     device = torch.device(name)
@@ -28,6 +29,12 @@ def choose_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = False  # convolutions are those of SSIM, LPIPS and edges
     return device
+
+
+@functools.cache
+def _tell_cpu() -> None:
+    """Once a process, which may look at many runs."""
+    say("no CUDA device found: using the CPU")
 
 
 def device_name(device: torch.device) -> str:
