@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -357,6 +359,71 @@ def test_chunks_side_by_side_equal_the_whole(n_threads):
     inputs = [x, *module.parameters()]
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (parts, whole)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- memory that does not suffice ---
+SHORT_OF_MEMORY = """
+import ctypes, resource
+import torch
+from models.kernels import compiled_lookups, compiled_network, threads
+from models.kernels.compiled import libraries
+from models.kernels.compiled_rendering import _at
+from models.shading import build_shading
+from utils.shortage import is_shortage
+
+def refused(name, call):
+    try:
+        call()
+    except MemoryError as error:
+        assert is_shortage(error) and name in str(error), error
+        print(name, "refused")
+
+# In shares, whichever thread takes them: rays whose sample counts no memory can hold.
+x = torch.zeros(1)
+offsets = torch.tensor([0, 1 << 60]).repeat(1000)
+ends = ctypes.c_int64(len(offsets) - 1), 1, ctypes.c_float(0), ctypes.c_float(1)
+given = *[_at(x)] * 2, _at(offsets), *[_at(x)] * 3, *ends, _at(x)
+for n in (1, 4):
+    refused("weights_backward", lambda: libraries()["rendering"].weights_backward(*given, n))
+
+# Under a limit: before the shares, for what so many threads would need, and in them, for lines of so many points.
+generator = torch.Generator().manual_seed(0)
+lines = [torch.randn(1, 5, 7, 1, generator=generator).requires_grad_() for _ in range(3)]
+module = build_shading("MLP_Fea", 27, 2, 2, 0, 512)
+inputs = torch.rand(3, 3, generator=generator), torch.rand(1, 3, generator=generator), torch.zeros(3, dtype=torch.int64)
+position, upstream = torch.rand(3000, 3, generator=generator), torch.ones(3000)
+
+def colours():
+    return compiled_network.colours(module, [], lines, torch.ones(27, 5), *inputs)
+
+def gradients(x):
+    return torch.autograd.grad(x.sum(), lines, retain_graph=True)
+
+rgb, density = colours(), compiled_lookups.cp_density(lines, position)
+before = [rgb, *gradients(rgb), *gradients(density)]
+long = compiled_lookups.Factors(compiled_lookups.CP_AXES, lines, [torch.empty_like(line) for line in lines])
+long.grid[:] = [2**31 - 1] * 3
+used_pages = int(open("/proc/self/statm").read().split()[0])
+threads._taken, allowed = 1000, resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used_pages * resource.getpagesize() + (256 << 20), allowed[1]))
+refused("colours_forward", colours)
+refused("colours_backward", lambda: gradients(rgb))
+threads._taken = 2
+refused("scatter", lambda: long.scatter(position, upstream))
+resource.setrlimit(resource.RLIMIT_AS, allowed)
+threads._taken = None
+after = [colours(), *gradients(rgb), *gradients(density)]
+assert all(torch.equal(a, b) for a, b in zip(before, after))
+print("goes on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory the process has as Linux tells it")
+def test_a_lack_of_memory_inside_the_libraries_is_a_memory_error_and_the_process_goes_on():
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=False)
+    names = ("weights_backward", "weights_backward", "colours_forward", "colours_backward", "scatter")
+    assert done.stdout.splitlines()[-6:] == [*(f"{name} refused" for name in names), "goes on"], done.stderr
+    assert done.returncode == 0
 
 
 def test_structures_have_the_sizes_of_the_compilers():

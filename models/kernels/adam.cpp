@@ -15,12 +15,12 @@ struct Parameter {
     float beta1, beta2, step_size, rest, eps;
 };
 
-void adam(const Parameter* parameters, int64_t n_parameters, int32_t threads) {
+int32_t adam(const Parameter* parameters, int64_t n_parameters, int32_t threads) try {
     constexpr int64_t SHARE = 1 << 16;  // numbers
     std::vector<std::pair<const Parameter*, int64_t>> shares;
     for (int64_t number = 0; number < n_parameters; ++number)
         for (int64_t first = 0; first < parameters[number].n; first += SHARE) shares.emplace_back(&parameters[number], first);
-    share_out(static_cast<int64_t>(shares.size()), threads, [&](int64_t share, int32_t) {
+    return share_out(static_cast<int64_t>(shares.size()), threads, [&](int64_t share, int32_t) {
         const FlushDenormals flush;
         const auto [p, first] = shares[share];
         const float beta1 = p->beta1, beta2 = p->beta2, step_size = p->step_size, rest = p->rest, eps = p->eps;
@@ -33,5 +33,7 @@ void adam(const Parameter* parameters, int64_t n_parameters, int32_t threads) {
             value[i] -= step_size * mean[i] / (std::sqrt(square[i]) * rest + eps);
         }
     });
+} catch (...) {
+    return OUT_OF_MEMORY;
 }
 }

@@ -24,11 +24,26 @@ OWN_FLAGS = {"lookups": _FAST, "rendering": ("-ffp-contract=off",), "adam": _FAS
 COMPILE_SECONDS = 300
 
 
+class _Library(ctypes.CDLL):
+    """A library whose functions return 0, or another number where memory does not suffice (shares.h): a MemoryError."""
+
+    def __getitem__(self, name: str):
+        function = super().__getitem__(name)
+        function.errcheck = _raise_shortage
+        return function
+
+
+def _raise_shortage(status: int, function, _arguments) -> int:
+    if status:
+        raise MemoryError(f"out of memory in the CPU's {function.__name__} (models/kernels)")
+    return status
+
+
 @functools.cache
 def libraries() -> dict[str, ctypes.CDLL] | None:
     """The compiled libraries by name, built if they must be; None, and one line that says why, if they cannot be."""
     try:
-        return {name: ctypes.CDLL(str(_built(name))) for name in OWN_FLAGS}
+        return {name: _Library(str(_built(name))) for name in OWN_FLAGS}
     except (OSError, subprocess.SubprocessError) as error:
         reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
         say(f"the CPU kernels could not be compiled ({reason}): torch's own operations serve, several times slower")

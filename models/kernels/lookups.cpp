@@ -189,9 +189,9 @@ void position_gradient(const float* xyz, int64_t k, const int32_t* grid, const G
 
 extern "C" {
 // Products of K points: side by side into out [K, width], or their sum into out [K].
-void products(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups, float* out,
-              int64_t width, int32_t sum, int32_t threads) {
-    share_range(n, POINTS, n <= ALONE ? 1 : threads, [&](int64_t first, int64_t end) {
+int32_t products(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups, float* out,
+                 int64_t width, int32_t sum, int32_t threads) {
+    return share_range(n, POINTS, n <= ALONE ? 1 : threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         Block block;
         for (int64_t start = first; start < end; start += Block::SIZE) {
@@ -208,10 +208,10 @@ void products(const float* xyz, int64_t n, const int32_t* grid, const Group* gro
 
 // Weights [K] of the samples of B rays, whose k-th begin at offsets[ray]; behind the sample at which the light that is
 // left falls below `least`, nothing is looked up and all weights are 0.
-void weights_until_opaque(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups,
-                          const float* delta, const int64_t* offsets, int64_t n_rays, int32_t softplus, float shift,
-                          float scale, float least, float* weights, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t weights_until_opaque(const float* xyz, const int32_t* grid, const Group* groups, int32_t n_groups,
+                             const float* delta, const int64_t* offsets, int64_t n_rays, int32_t softplus, float shift,
+                             float scale, float least, float* weights, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         for (int64_t ray = first; ray < end; ++ray) {
             double transmittance = 1;
@@ -230,8 +230,8 @@ void weights_until_opaque(const float* xyz, const int32_t* grid, const Group* gr
 
 // d loss / d factors into their gradients, from upstream [K, width], or [K] for summed products. fresh: the gradients
 // hold nothing yet; otherwise it is added to them.
-void scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups,
-             const float* upstream, int64_t width, int32_t sum, int32_t fresh, int32_t threads) {
+int32_t scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups,
+                const float* upstream, int64_t width, int32_t sum, int32_t fresh, int32_t threads) try {
     if (n <= ALONE) threads = 1;
     const auto rows = [&](const Table& table) {
         return static_cast<int64_t>(grid[table.axes[0]]) * (table.axes[1] < 0 ? 1 : grid[table.axes[1]]);
@@ -247,7 +247,7 @@ void scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* grou
         }
     }
     std::vector<Floats> own(static_cast<size_t>(n_groups) * threads * 3);
-    share_out(static_cast<int64_t>(n_groups) * threads, threads, [&](int64_t share, int32_t) {
+    const int32_t status = share_out(static_cast<int64_t>(n_groups) * threads, threads, [&](int64_t share, int32_t) {
         const FlushDenormals flush;
         const Group& group = groups[share / threads];
         const auto& border = borders[share / threads];
@@ -269,6 +269,7 @@ void scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* grou
             scatter_kind(xyz, n, grid, group, channels, low, high, upstream, width, lines[1]);
         });
     });
+    if (status != GOOD) return status;
     for (int g = 0; g < n_groups; ++g)
         for (int i = 0; i < 3; ++i) {
             const Table& table = groups[g].tables[i];
@@ -278,12 +279,15 @@ void scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* grou
                 for (size_t at = 0; at < sums.size(); ++at) table.gradient[at] += sums[at];
             }
         }
+    return GOOD;
+} catch (...) {
+    return OUT_OF_MEMORY;
 }
 
 // d loss / d xyz into gradient [K, 3].
-void positions(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups,
-               const float* upstream, int64_t width, int32_t sum, float* gradient, int32_t threads) {
-    share_range(n, POINTS, n <= ALONE ? 1 : threads, [&](int64_t first, int64_t end) {
+int32_t positions(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups,
+                  const float* upstream, int64_t width, int32_t sum, float* gradient, int32_t threads) {
+    return share_range(n, POINTS, n <= ALONE ? 1 : threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         std::fill(gradient + 3 * first, gradient + 3 * end, 0.f);
         for (int64_t k = first; k < end; ++k)

@@ -283,35 +283,39 @@ void backward_share(Tile& tile, int64_t begin, int64_t end, int64_t kept, const 
 extern "C" {
 // rgb [K, 3] of samples 0..n-1; for the backward pass, of whole tiles among the first `kept` samples: inputs [kept, X],
 // both hidden layers [kept, H].
-void colours_forward(const Colours* colours, int64_t n, int64_t kept, float* rgb, float* inputs, float* first,
-                     float* second, int32_t threads) {
+int32_t colours_forward(const Colours* colours, int64_t n, int64_t kept, float* rgb, float* inputs, float* first,
+                        float* second, int32_t threads) try {
     std::vector<Tile> tiles(threads, Tile(*colours));
-    share_out((n + SHARE - 1) / SHARE, threads, [&](int64_t share, int32_t thread) {
+    return share_out((n + SHARE - 1) / SHARE, threads, [&](int64_t share, int32_t thread) {
         const FlushDenormals flush;
         forward_share(tiles[thread], share * SHARE, std::min((share + 1) * SHARE, n), kept, rgb, inputs, first, second);
     });
+} catch (...) {
+    return OUT_OF_MEMORY;
 }
 
 // Of samples begin..end-1: to_products [end - begin, P], to_view [K, 3] (which may be null), and adds the gradients of
 // basis and network to `own` [shares, size], as Gradients lays them out. Each share of the samples has sums of its own:
 // they do not depend on the number of threads.
-void colours_backward(const Colours* colours, int64_t begin, int64_t end, int64_t kept, const float* rgb,
-                      const float* inputs, const float* first, const float* second, const float* to_rgb,
-                      float* to_products, float* to_view, float* own, int64_t shares, int32_t threads) {
+int32_t colours_backward(const Colours* colours, int64_t begin, int64_t end, int64_t kept, const float* rgb,
+                         const float* inputs, const float* first, const float* second, const float* to_rgb,
+                         float* to_products, float* to_view, float* own, int64_t shares, int32_t threads) try {
     std::vector<Tile> tiles(threads, Tile(*colours));
     const int64_t size = Gradients(tiles[0], own).end - own, n_tiles = (end - begin + TILE - 1) / TILE;
-    share_out(shares, threads, [&](int64_t share, int32_t thread) {
+    return share_out(shares, threads, [&](int64_t share, int32_t thread) {
         const FlushDenormals flush;
         const int64_t from = begin + n_tiles * share / shares * TILE;
         const int64_t to = std::min(begin + n_tiles * (share + 1) / shares * TILE, end);
         backward_share(tiles[thread], from, to, kept, rgb, inputs, first, second, to_rgb,
                        to_products + (from - begin) * tiles[0].P, to_view, Gradients(tiles[thread], own + share * size));
     });
+} catch (...) {
+    return OUT_OF_MEMORY;
 }
 
 // sums [size] of own [shares, size].
-void sum_shares(const float* own, int64_t shares, int64_t size, float* sums, int32_t threads) {
-    share_range(size, 1 << 12, threads, [&](int64_t low, int64_t high) {
+int32_t sum_shares(const float* own, int64_t shares, int64_t size, float* sums, int32_t threads) {
+    return share_range(size, 1 << 12, threads, [&](int64_t low, int64_t high) {
         std::copy(own + low, own + high, sums + low);
         for (int64_t share = 1; share < shares; ++share)
             for (int64_t i = low; i < high; ++i) sums[i] += own[share * size + i];

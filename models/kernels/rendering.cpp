@@ -53,9 +53,9 @@ inline bool occupied(const Mask& mask, const float* xyz) {
 
 extern "C" {
 // Which candidates of all rays live: `live` [K0], those of ray r from candidates[r] on, and counts [B].
-void march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t n_rays,
-                 uint8_t* live, int64_t* counts, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t n_rays,
+                    uint8_t* live, int64_t* counts, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         for (int64_t ray = first; ray < end; ++ray) {
             const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
             const int64_t n = candidates[ray + 1] - candidates[ray];
@@ -78,10 +78,10 @@ void march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, 
 }
 
 // The samples that `live` tells, those of ray r from offsets[r] on.
-void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live, const int64_t* offsets,
-                int64_t n_samples, int64_t n_rays, int64_t* ray_of, float* t_out, float* delta,
-                float* position, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live, const int64_t* offsets,
+                   int64_t n_samples, int64_t n_rays, int64_t* ray_of, float* t_out, float* delta,
+                   float* position, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         for (int64_t ray = first; ray < end; ++ray) {
             const float *o = rays->origins + 3 * ray, *d = rays->directions + 3 * ray;
             const int64_t n = candidates[ray + 1] - candidates[ray];
@@ -103,9 +103,9 @@ void march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* live
 }
 
 // alpha [K] and weights [K] of all rays from density features [K].
-void weights_forward(const float* feature, const float* delta, const int64_t* offsets, int64_t n_rays,
-                     int32_t softplus, float shift, float scale, float* alpha, float* weights, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t weights_forward(const float* feature, const float* delta, const int64_t* offsets, int64_t n_rays,
+                        int32_t softplus, float shift, float scale, float* alpha, float* weights, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         for (int64_t ray = first; ray < end; ++ray) {
             double transmittance = 1;
@@ -119,10 +119,10 @@ void weights_forward(const float* feature, const float* delta, const int64_t* of
 }
 
 // d loss / d feature [K] from d loss / d weights: dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
-void weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
-                      const float* weights, const float* upstream, int64_t n_rays, int32_t softplus,
-                      float shift, float scale, float* gradient, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
+                         const float* weights, const float* upstream, int64_t n_rays, int32_t softplus,
+                         float shift, float scale, float* gradient, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         std::vector<float> before;
         for (int64_t ray = first; ray < end; ++ray) {
@@ -149,10 +149,10 @@ void weights_backward(const float* feature, const float* delta, const int64_t* o
 }
 
 // rgb [B, 3], opacity [B], distance [B] of all rays. coloured [Kc]: ascending.
-void composite_forward(const float* weights, const float* t, const int64_t* offsets, const int64_t* coloured,
-                       int64_t n_coloured, const float* colour, int64_t n_rays, float* rgb,
-                       float* opacity, float* distance, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t composite_forward(const float* weights, const float* t, const int64_t* offsets, const int64_t* coloured,
+                          int64_t n_coloured, const float* colour, int64_t n_rays, float* rgb,
+                          float* opacity, float* distance, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         int64_t at = std::lower_bound(coloured, coloured + n_coloured, offsets[first]) - coloured;
         for (int64_t ray = first; ray < end; ++ray) {
@@ -171,10 +171,10 @@ void composite_forward(const float* weights, const float* t, const int64_t* offs
 }
 
 // d loss / d weights [K] and d loss / d colour [Kc, 3].
-void composite_backward(const float* weights, const int64_t* offsets, const int64_t* coloured, int64_t n_coloured,
-                        const float* colour, int64_t n_rays, const float* to_rgb,
-                        const float* to_opacity, float* to_weights, float* to_colour, int32_t threads) {
-    share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
+int32_t composite_backward(const float* weights, const int64_t* offsets, const int64_t* coloured, int64_t n_coloured,
+                           const float* colour, int64_t n_rays, const float* to_rgb,
+                           const float* to_opacity, float* to_weights, float* to_colour, int32_t threads) {
+    return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         int64_t at = std::lower_bound(coloured, coloured + n_coloured, offsets[first]) - coloured;
         for (int64_t ray = first; ray < end; ++ray) {
