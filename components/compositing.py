@@ -6,6 +6,7 @@ w = alpha*T its weight. Eq. 1 of TensoRF (arXiv:2203.09517), discretised as in N
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from components.marching import Samples
@@ -50,6 +51,7 @@ class _SegmentedWeights(torch.autograd.Function):
         return weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         alpha, transmittance, ray, end = ctx.saved_tensors
         running = (grad * alpha * transmittance).double().cumsum(0)

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.kernels import threads
 
@@ -28,6 +29,7 @@ class _Chunks(torch.autograd.Function):
         return torch.cat(out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         inputs, parameters = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
         needs = ctx.needs_input_grad[3 : 3 + ctx.n_inputs]

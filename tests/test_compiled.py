@@ -148,6 +148,25 @@ def test_nothing_is_looked_up_behind_an_opaque_sample():
     assert not weights[first + 1].any()
 
 
+@pytest.mark.parametrize("module", [compiled_rendering, compositing], ids=lambda module: module.__name__)
+def test_gradients_of_gradients_of_weights_and_colours_of_rays_are_refused(module):
+    samples = marched(marching, 0, 20, True, True)
+    feature = torch.ones(len(samples), requires_grad=True)
+    weights = module.ray_weights(feature, samples, "relu", 0.0, 25.0)
+    (gradient,) = torch.autograd.grad(weights.square().sum(), feature, create_graph=True)
+    refused(gradient)
+    if module is compiled_rendering:
+        colour = torch.full((len(samples), 3), 0.5, requires_grad=True)
+        rgb, *_ = module.composite(weights.detach().requires_grad_(), samples, torch.arange(len(samples)), colour)
+        refused(*torch.autograd.grad(rgb.square().sum(), colour, create_graph=True))
+
+
+def refused(gradient):
+    """Its own gradient would silently lack terms."""
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 # --- the network ---
 SHAPES = [(27, 2, 2, 128, 5000), (27, 2, 2, 64, 3), (5, 0, 3, 100, 129), (12, 6, 0, 40, 64), (1, 1, 1, 1, 1)]
 
@@ -248,6 +267,17 @@ def test_the_network_takes_no_samples():
         results = shaded(compiled_network.colours, 27, 2, 2, 128, 0)
     assert results[0].shape == (0, 3)
     assert not any(gradient.any() for gradient in results[1:])
+
+
+def test_gradients_of_gradients_of_colours_are_refused():
+    with torch.random.fork_rng():
+        module, basis = build_shading("MLP_Fea", 4, 1, 1, 0, 8), torch.randn(4, 2).requires_grad_()
+        lines, view, ray = [torch.randn(1, 2, 3, 1) for _ in range(3)], torch.zeros(1, 3), torch.zeros(5).long()
+        fused = compiled_network.colours(module, [], lines, basis, torch.rand(5, 3), view, ray)
+        features = torch.rand(5, 4) @ basis
+        chunked = in_chunks(nn.Linear(2, 3), 2, features)
+    for rgb in (fused, chunked):
+        refused(*torch.autograd.grad(rgb.square().sum(), basis, create_graph=True))
 
 
 def test_only_what_the_library_computes_is_given_to_it():

@@ -76,6 +76,14 @@ def assert_equal_up_to_rounding(ours, definition, dtype):
             assert ((actual - expected).abs().max() / scale) < TOLERANCE[dtype]
 
 
+def assert_refuses_second_gradients(case, backend):
+    """Their first gradients are computed outside autograd: a second derivative would silently lack terms."""
+    for values in case.outputs(backend):
+        (gradient,) = torch.autograd.grad(values.square().sum(), case.lines[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+
+
 @pytest.fixture(params=["gather", "compiled"])
 def backend(request):
     if request.param == "compiled" and compiled.libraries() is None:
@@ -190,6 +198,11 @@ def test_gradients_of_points_and_factors_match_finite_differences(model):
     leaves = tuple(case.leaves)
     assert torch.autograd.gradcheck(run, (xyz.clone().requires_grad_(), *leaves))
     assert torch.autograd.gradcheck(run, (xyz, *leaves))
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_gradients_of_gradients_are_refused(model, backend):
+    assert_refuses_second_gradients(Case(model, 3, 40, (5, 6, 7), (2, 3, 4)), backend)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])

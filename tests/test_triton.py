@@ -19,7 +19,7 @@ from components.types import Rays
 from models import kernels
 from models.kernels import gather_lookups, torch_lookups, torch_rendering
 from tests.helpers import ROOT, Waits, exact_products, random_field, random_rays
-from tests.test_kernels import Case, assert_equal_up_to_rounding
+from tests.test_kernels import Case, assert_equal_up_to_rounding, assert_refuses_second_gradients
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton
@@ -134,6 +134,17 @@ def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(model):
     # They count as points far outside.
     assert_equal_up_to_rounding(case.outputs(triton_lookups), clean.outputs(torch_lookups), torch.float32)
     assert_equal_up_to_rounding(case.gradients(triton_lookups), clean.gradients(torch_lookups), torch.float32)
+
+
+def test_gradients_of_gradients_are_refused():
+    assert_refuses_second_gradients(moved(Case("VM", 3, 8, (3, 4, 5), (1, 2, 1)), positions=False), triton_lookups)
+    samples = random_samples([2, 3])
+    feature, colour = (torch.ones(*shape, device=DEVICE, requires_grad=True) for shape in ((5,), (5, 3)))
+    weights = triton_rendering.ray_weights(feature, samples, "relu", 0.0, 3.0)
+    for values in (weights, triton_rendering.composite(weights, samples, torch.arange(5, device=DEVICE), colour)[0]):
+        (gradient,) = torch.autograd.grad(values.square().sum(), feature, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
 
 
 def test_double_precision_takes_the_way_of_torch(monkeypatch):

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from components.marching import Samples
 from models.kernels import gather_lookups, threads, torch_rendering
@@ -98,6 +99,7 @@ class _Summed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         xyz, *factors = ctx.saved_tensors
         grad = grad.contiguous()
@@ -127,6 +129,7 @@ class _Projected(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         xyz, basis, *factors = ctx.saved_tensors
         grad = grad.contiguous()

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from models.kernels import threads
@@ -123,6 +124,7 @@ class _Shaded(torch.autograd.Function):
         return rgb
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         position, view, ray, rgb, *kept = ctx.saved_tensors[:7]
         parameters, factors, grad = ctx.saved_tensors[7:14], ctx.saved_tensors[14:], grad.contiguous()

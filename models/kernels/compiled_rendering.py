@@ -8,6 +8,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from components.marching import Samples, box_intersection, candidate_counts, normalise
 from components.types import Rays
@@ -119,6 +120,7 @@ class _RayWeights(torch.autograd.Function):
         return weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         feature, delta, offsets, alpha, weights = ctx.saved_tensors
         grad, gradient = grad.contiguous(), torch.empty_like(feature)
@@ -152,6 +154,7 @@ class _Composite(torch.autograd.Function):
         return rgb, opacity, distance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, to_rgb: Tensor, to_opacity: Tensor, _):
         weights, colour, coloured, offsets = ctx.saved_tensors
         to_rgb, to_opacity = to_rgb.contiguous(), to_opacity.contiguous()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
@@ -63,6 +64,7 @@ class _Products(torch.autograd.Function):
         return torch.cat(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         xyz, basis, *tables = ctx.saved_tensors
         table_grads = [torch.zeros_like(table) for table in tables]
