@@ -111,6 +111,28 @@ def test_weights_and_colours_of_rays_equal_the_definition_forward_and_backward(a
         close(ours, definition)
 
 
+def test_more_samples_than_single_precision_can_number_are_weighed_and_composited():
+    counts = torch.full((2**16 + 3,), 256)
+    ray, offsets = torch.repeat_interleave(counts), nn.functional.pad(counts.cumsum(0), (1, 0))
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.randn(len(ray), generator=generator)
+    t = torch.linspace(0, 1, 256).repeat(len(counts))
+    samples = marching.Samples(ray, t, torch.full_like(t, 0.02), torch.empty(0, 3), offsets)
+    # The last four rays, the first of which ends at sample 2^24, as rays of their own.
+    first = 2**24 - 256
+    last = marching.Samples(ray[first:] - ray[first], t[first:], samples.delta[first:], samples.position, offsets[:5])
+    coloured, colour = torch.arange(first, len(ray), 7), torch.rand(147, 3, generator=generator)
+    results = []
+    for module, own, begin in ((compiled_rendering, samples, 0), (compositing, last, first)):
+        feature_in, colour_in = feature[begin:].clone().requires_grad_(), colour.clone().requires_grad_()
+        weights = module.ray_weights(feature_in, own, "softplus", -1.0, 25.0)
+        rgb, opacity, distance = (x[-4:] for x in module.composite(weights, own, coloured - begin, colour_in))
+        gradients = torch.autograd.grad((rgb.sum(1) * opacity).sum(), [feature_in, colour_in])
+        results.append([weights[-1024:], rgb, opacity, distance, gradients[0][-1024:], gradients[1]])
+    for ours, definition in zip(*results, strict=True):
+        close(ours, definition)
+
+
 def test_features_that_are_no_numbers_stay_visible_in_the_weights():
     samples = marched(marching, 0, 50, False, False)
     feature = torch.zeros(len(samples))

@@ -269,6 +269,25 @@ def test_results_of_several_threads_equal_those_of_one_and_each_other_to_the_bit
     assert_equal_up_to_rounding(several[0], one, torch.float32)
 
 
+@pytest.mark.parametrize("model", ["VM", "CP"])
+def test_more_points_than_single_precision_can_number_are_looked_up(compiled_only, model, monkeypatch):
+    monkeypatch.setattr(compiled_lookups, "_CHUNK", 1 << 14)  # fewer calls than for the cache
+    monkeypatch.setattr(compiled_lookups, "_BLOCK", 1 << 18)
+    n_points, generator = 2**24 + 600, torch.Generator().manual_seed(0)
+    xyz = torch.rand(n_points, 3, generator=generator).mul_(2.2).sub_(1.1)
+    # Some points, and the last ones, whose numbers float32 cannot tell apart; gradients flow to these alone.
+    some = torch.cat([torch.arange(0, 2**24, 50_000), torch.arange(2**24 - 3, n_points)])
+    upstream, results = torch.randn(len(some), generator=generator), []
+    for backend, points, chosen in ((compiled_lookups, xyz, some), (torch_lookups, xyz[some], slice(None))):
+        case = Case(model, 6, 1, (4, 3, 5), (1, 2, 1))
+        case.xyz, case.basis = points, case.basis[:1].detach().requires_grad_()
+        case.leaves[-1] = case.basis
+        density, appearance = (values.view(-1)[chosen] for values in case.outputs(backend))
+        loss = (density * upstream).sum() + (appearance * upstream.flip(0)).sum()
+        results.append([density, appearance, *torch.autograd.grad(loss, case.leaves)])
+    assert_equal_up_to_rounding(*results, torch.float32)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_points_that_are_no_numbers_reach_no_memory_outside_the_factors(compiled_only, value):
     case = Case("VM", 14, 50, (9, 14, 6), (5, 8, 3))
