@@ -182,27 +182,45 @@ def figures(runs: list[dict], key: str, digits: int) -> str:
     return ", ".join(f"{run[key]:.{digits}f}" for run in runs)
 
 
+STEP_VARIANTS = {
+    "packed": "packed",
+    "bf16": "packed, `--mlp_dtype bfloat16`",
+    "torch": "packed, no compiler: torch's operations",
+    "definition": "the same, lookups by grid_sample",
+    "twin": "dense twin",
+}
+
+
 def step() -> str:
-    """One training step, packed path beside the dense twin."""
-    lines = [
-        "| batch 4096 | path | ms a step | forward | backward | step memory MB | density, colour lookups a ray |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """One training step, packed path beside its variants and the dense twin; and with each sampler."""
     r = json.loads((RESULTS / "step_cpu.json").read_text())
+    packed = {row["field"]: row for row in r["results"] if row["variant"] == "packed"}
+    rows = []
     for row in r["results"]:
-        ms = row["ms"]
-        name = "dense twin" if row["variant"] == "twin" else "packed"
-        lines.append(
-            f"| {row['field']} the mask | {name} | {ms['step']:.0f} | {ms['forward']:.0f} | {ms['backward']:.0f} "
-            f"| {row['step_memory_mb']:.0f} | {row['live_per_ray']:.1f}, {row['colour_per_ray']:.1f} |"
+        ms, base = row["ms"], packed[row["field"]]
+        rows.append(
+            [
+                f"{row['field']} the mask",
+                STEP_VARIANTS[row["variant"]],
+                *(f"{ms[phase]:.0f}" for phase in ("step", "forward", "backward", "optimizer")),
+                f"{ms['step'] / base['ms']['step']:.2f}",
+                f"{row['step_memory_mb']:.0f}",
+                f"{row['step_memory_mb'] / base['step_memory_mb']:.2f}",
+                f"{row['live_per_ray']:.1f}, {row['colour_per_ray']:.1f}",
+            ]
         )
+    head = [f"batch {r['batch']}", "path", "ms a step", "forward", "backward", "optimizer", "time to packed"]
+    tables = [rows_of([*head, "step memory MB", "memory to packed", "density, colour lookups a ray"], rows)]
+    if r.get("samplers"):
+        phases = ("step", "sampler", "forward", "backward", "optimizer")
+        rows = [[s["strategy"], *(f"{s['ms'][phase]:.1f}" for phase in phases)] for s in r["samplers"]]
+        tables.append(rows_of(["a trainer's step after the mask", "ms", *phases[1:]], rows))
     time, memory = r["time_ratio_twin_over_packed"], r["memory_ratio_twin_over_packed"]
-    lines += [
-        "",
+    tables.append(
         f"Twin over packed: time {time['before']:.2f} before and {time['after']:.2f} after the mask, step memory "
-        f"{memory['before']:.1f} and {memory['after']:.1f} ({r['device']}, torch {r['torch']}, commit {r['commit']}).",
-    ]
-    return "\n".join(lines)
+        f"{memory['before']:.1f} and {memory['after']:.1f} ({r['device']}, torch {r['torch']}, commit {r['commit']})."
+    )
+    return "\n\n".join(tables)
 
 
 def scaling(kind: str = "cpu") -> str:

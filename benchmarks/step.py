@@ -1,11 +1,18 @@
-"""Time and memory of one training step: the packed path beside the dense twin, before and after the alpha mask.
+"""Time and memory of one training step: every way of computing it beside the dense twin, before and after the mask.
 
-    python -m benchmarks.step            # all variants, several minutes on a CPU
-    python -m benchmarks.step --quick    # under a minute
+    python -m benchmarks.step            # all variants and all samplers, several minutes on a CPU
+    python -m benchmarks.step --quick    # packed and twin in under a minute; writes nothing
 
-Every variant runs in a fresh process, because a process's peak memory includes all that ran in it before. The two
-sides alternate, so that a change of the machine's load meets both. Writes benchmarks/results/step_{device}.json;
-the last line is `twin/fast before-mask R1 after-mask R2`, the ratios of the median step times.
+Variants: `packed`, the kernels of models/kernels that this machine would choose; `bf16`, the same with --mlp_dtype
+bfloat16; `torch`, what a machine without compiler and Triton would choose; `definition`, the same with torch's
+grid_sample for lookups; `twin`, the dense tests/reference.py. Every variant runs in a fresh process, because a
+process's peak memory includes all that ran in it before. They alternate, so that a change of load meets all.
+
+This step draws no rays: the four samplers' phase is timed in the trainer's own step (benchmarks/scaling.py, after the
+mask); drawing from full-size images, and building a sampler, by benchmarks/samplers.py.
+
+Writes benchmarks/results/step_{device}.json; the last line is `twin/fast before-mask R1 after-mask R2`, the ratios of
+the median step times.
 """
 
 import argparse
@@ -18,52 +25,67 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("packed", "twin")
+sys.path.insert(0, str(ROOT))
+VARIANTS = ("packed", "bf16", "torch", "definition", "twin")
+COMPARED = ("packed", "twin")
 FIELDS = ("before", "after")
+PHASES = ("step", "forward", "backward", "optimizer")
+
+
+def variant_of(name: str, field_name: str, device):
+    """(field, optimizer, render) of a variant, in a process that has chosen no kernels yet."""
+    import torch
+
+    from benchmarks.fields import after_mask, before_mask
+    from models.kernels import Kernels, compiled, torch_lookups, torch_rendering
+    from models.optimizers import BETAS, make_adam
+    from tests.reference import dense_render
+    from utils.memory import keep_freed_memory
+
+    if name in ("torch", "definition"):
+        compiled.COMPILERS = ()
+        sys.modules["triton"] = None  # importing it fails
+    field = (before_mask if field_name == "before" else after_mask)(device)
+    if name == "twin":
+        for parameter in field.parameters():  # the reference's layout
+            parameter.data = parameter.data.contiguous()
+        optimizer = torch.optim.Adam(field.param_groups(0.02, 1e-3), betas=BETAS)
+        return field, optimizer, lambda *arguments: dense_render(field, *arguments)
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py
+    if name == "bf16":
+        field.set_mlp_dtype("bfloat16")
+    if name == "definition":
+        field.kernels = Kernels("torch-definition", torch_lookups, torch_rendering)
+    return field, make_adam(field.param_groups(0.02, 1e-3)), field.render
 
 
 def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_name: str) -> dict:
     """One variant on one field, in this process: milliseconds a step by phase (medians) and memory."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
-    from benchmarks.fields import after_mask, before_mask, camera_rays
+    from benchmarks.fields import camera_rays
     from components.grids import training_samples
     from components.regularisers import L1Density
     from models.kernels import threads
-    from models.optimizers import make_adam
-    from tests.reference import dense_render
-    from utils.memory import MemoryMeter, keep_freed_memory, tensors_mb
+    from utils.memory import MemoryMeter, tensors_mb
     from utils.seeds import make_generator
     from utils.timing import PhaseTimer
 
-    device = torch.device(device_name)
+    device, twin = torch.device(device_name), variant == "twin"
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as train.py; both sides
-    field = (before_mask if field_name == "before" else after_mask)(device)
+        torch.set_float32_matmul_precision("high")  # as train.py; all sides
+    field, optimizer, render = variant_of(variant, field_name, device)
     rays = camera_rays(n_rays, 0, device)
     target = torch.rand(n_rays, 3, generator=torch.Generator().manual_seed(3)).to(device)
     generator = make_generator(0, "jitter", device)
     l1 = L1Density(4e-5)
     n_samples = training_samples(field.grid_size, field.config.step_ratio, 10**6)
-    if variant == "packed":
-        if device.type == "cpu":
-            keep_freed_memory()  # as train.py
-        optimizer, render = make_adam(field.param_groups(0.02, 1e-3)), field.render
-    else:
-        for parameter in field.parameters():  # the reference's layout
-            parameter.data = parameter.data.contiguous()
-        optimizer = torch.optim.Adam(field.param_groups(0.02, 1e-3), betas=(0.9, 0.99))
-
-        def render(*arguments):
-            return dense_render(field, *arguments)
-
     start = {name: p.detach().clone() for name, p in field.named_parameters()}
     memory = MemoryMeter(device)
     memory.start()
     times, counts = [], {}
-    takeover = threads.taking_over() if variant == "packed" else contextlib.nullcontext()
-    with takeover:
+    with contextlib.nullcontext() if twin else threads.taking_over():
         for repeat in range(repeats + 1):
             timer = PhaseTimer(device)
             clock = time.perf_counter()
@@ -80,7 +102,7 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
             seconds = time.perf_counter() - clock
             if repeat:  # the first step warms up
                 times.append({"step": 1000 * seconds, **timer.ms_per_step(1)})
-            n_live = out.n_live if variant == "packed" else out.n_density
+            n_live = out.n_density if twin else out.n_live
             counts = {"live_per_ray": n_live / n_rays, "colour_per_ray": out.n_colour / n_rays}
             del out, loss
             # Training on noise would change how much work a step is: every step starts from the same field.
@@ -89,12 +111,12 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
                     p.copy_(start[name])
     state = [v for values in optimizer.state.values() for v in values.values()]
     memory.close_segment(tensors_mb(state) + (tensors_mb(start.values()) * 2 if device.type == "cuda" else 0.0))
-    phases = ("step", "forward", "backward", "optimizer")
     return {
         "variant": variant,
+        "kernels": "dense twin" if twin else field.kernels.name,
         "field": field_name,
         "rays": n_rays,
-        "ms": {phase: statistics.median(t[phase] for t in times) for phase in phases},
+        "ms": {phase: statistics.median(t[phase] for t in times) for phase in PHASES},
         "step_ms_all": [t["step"] for t in times],
         "step_memory_mb": memory.step_mb(),
         **counts,
@@ -120,12 +142,59 @@ def merge(runs: list[dict]) -> dict:
     return merged
 
 
+def compare(results: list[dict]) -> dict[str, dict]:
+    """Ratios of median step times and of step memory by field: of all variants to packed, and the twin's alone."""
+    ratios: dict[str, dict] = {key: {} for key in ("time_over_packed", "memory_over_packed")}
+    for field in FIELDS:
+        own = {r["variant"]: r for r in results if r["field"] == field}
+        packed = own["packed"]
+        ratios["time_over_packed"][field] = {v: r["ms"]["step"] / packed["ms"]["step"] for v, r in own.items()}
+        ratios["memory_over_packed"][field] = {
+            v: r["step_memory_mb"] / packed["step_memory_mb"] for v, r in own.items()
+        }
+    twin = {
+        f"{kind}_ratio_twin_over_packed": {field: ratios[f"{kind}_over_packed"][field]["twin"] for field in FIELDS}
+        for kind in ("time", "memory")
+    }
+    return {**twin, **ratios}
+
+
+def print_results(results: list[dict], ratios: dict[str, dict]) -> None:
+    """A table of the variants."""
+    print(
+        "| field | path | ms a step | to packed | forward | backward | optimizer | step memory MB | to packed |", end=""
+    )
+    print(" lookups, colours a ray |\n" + 10 * "|---" + "|")
+    for r in results:
+        time, memory = (ratios[key][r["field"]][r["variant"]] for key in ("time_over_packed", "memory_over_packed"))
+        ms = [f"{r['ms'][phase]:.3g}" for phase in PHASES]
+        cells = [f"{r['field']} mask", r["variant"], ms[0], f"{time:.2f}", *ms[1:], f"{r['step_memory_mb']:.0f}"]
+        per_ray = f"{r['live_per_ray']:.1f}, {r['colour_per_ray']:.1f}"
+        print(f"| {' | '.join([*cells, f'{memory:.2f}', per_ray])} |")
+
+
+def measure_samplers(n_rays: int, device_name: str) -> list[dict]:
+    """The phases of the trainer's step with each of the four samplers, printed as a table; a process each."""
+    from benchmarks.scaling import BASE, STRATEGIES, measure_in_fresh_process
+
+    print("| strategy | ms a step | sampler | forward | backward | optimizer |\n|---|---|---|---|---|---|")
+    rows = []
+    for strategy in STRATEGIES:
+        point = {**BASE, "axis": "images", "strategy": strategy, "rays": n_rays}
+        r = measure_in_fresh_process(point, device_name)
+        rows.append({key: r[key] for key in ("strategy", "rays_per_step", "ms")})
+        ms = " | ".join(f"{r['ms'][phase]:.3g}" for phase in ("step", "sampler", *PHASES[1:]))
+        print(f"| {strategy} | {ms} |", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions, no JSON")
+    parser.add_argument("--quick", action="store_true", help="packed and twin, few repetitions, no JSON")
     parser.add_argument("--rays", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=8, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes a variant")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="some variants, with commas, and no samplers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--field", choices=FIELDS, help=argparse.SUPPRESS)
@@ -133,30 +202,22 @@ def main() -> None:
     if options.variant:
         print(json.dumps(measure(options.variant, options.field, options.rays, options.repeats, options.device)))
         return
+    variants = tuple(options.only.split(","))
+    if set(variants) - set(VARIANTS) or set(COMPARED) - set(variants):
+        parser.error(f"--only {options.only}: choose among {','.join(VARIANTS)}; packed and twin are always needed")
     if options.quick:
-        options.repeats, options.rounds = 3, 1
-    sys.path.insert(0, str(ROOT))
+        options.repeats, options.rounds, variants = 3, 1, COMPARED
     import torch
 
     from utils.device import device_name
     from utils.run_folder import git_commit
 
-    cases = [(variant, field) for field in FIELDS for variant in VARIANTS]
+    cases = [(variant, field) for field in FIELDS for variant in variants]
     rounds = [[measure_in_fresh_process(*case, options) for case in cases] for _ in range(options.rounds)]
     results = [merge(list(runs)) for runs in zip(*rounds, strict=True)]
-    by_case = {(r["variant"], r["field"]): r for r in results}
-    ratios, memory = {}, {}
-    print("| field | path | ms a step | forward | backward | optimizer | step memory MB | lookups, colours a ray |")
-    print("|---|---|---|---|---|---|---|---|")
-    for field in FIELDS:
-        for variant in VARIANTS:
-            r = by_case[variant, field]
-            ms = " | ".join(f"{r['ms'][p]:.3g}" for p in ("step", "forward", "backward", "optimizer"))
-            per_ray = f"{r['live_per_ray']:.1f}, {r['colour_per_ray']:.1f}"
-            print(f"| {field} mask | {variant} | {ms} | {r['step_memory_mb']:.0f} | {per_ray} |")
-        twin, packed = by_case["twin", field], by_case["packed", field]
-        ratios[field] = twin["ms"]["step"] / packed["ms"]["step"]
-        memory[field] = twin["step_memory_mb"] / packed["step_memory_mb"]
+    ratios = compare(results)
+    print_results(results, ratios)
+    samplers = measure_samplers(options.rays, options.device) if variants == VARIANTS else []
     if not options.quick:
         device = torch.device(options.device)
         report = {
@@ -164,15 +225,16 @@ def main() -> None:
             "torch": torch.__version__,
             "commit": git_commit(),
             "batch": options.rays,
-            "time_ratio_twin_over_packed": ratios,
-            "memory_ratio_twin_over_packed": memory,
+            **ratios,
             "results": results,
+            "samplers": samplers,
         }
         path = ROOT / "benchmarks" / "results" / f"step_{device.type}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"twin/packed step memory before-mask {memory['before']:.2f} after-mask {memory['after']:.2f}")
-    print(f"twin/fast before-mask {ratios['before']:.2f} after-mask {ratios['after']:.2f}")
+    for kind, words in (("memory", "twin/packed step memory"), ("time", "twin/fast")):
+        ratio = ratios[f"{kind}_ratio_twin_over_packed"]
+        print(f"{words} before-mask {ratio['before']:.2f} after-mask {ratio['after']:.2f}")
 
 
 if __name__ == "__main__":

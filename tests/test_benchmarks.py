@@ -2,16 +2,17 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import cv2
 import pytest
 import torch
 
-from benchmarks import gpu_check, kernels, readme_tables, scaling
+from benchmarks import gpu_check, kernels, readme_tables, scaling, step
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
-from benchmarks.step import FIELDS, measure
+from benchmarks.step import FIELDS, VARIANTS, measure
 from utils.memory import MemoryMeter
 
 
@@ -29,12 +30,50 @@ def test_the_field_after_the_mask_works_as_hard_a_ray_as_a_trained_lego():
     assert field.grid_size == (128, 128, 128) == before_mask().grid_size
 
 
-@pytest.mark.parametrize("variant", ["packed", "twin"])
+@pytest.mark.parametrize("variant", ["packed", "bf16", "twin"])
 def test_a_step_is_measured_in_all_its_phases(variant):
     result = measure(variant, "after", 256, 1, "cpu")
     assert min(result["ms"].values()) > 0
     assert result["ms"]["step"] >= result["ms"]["backward"]
     assert result["live_per_ray"] > result["colour_per_ray"] > 0
+
+
+@pytest.mark.parametrize("variant", ["torch", "definition"])
+def test_a_step_is_measured_as_without_a_compiler(variant):
+    result = step.measure_in_fresh_process(variant, "before", Namespace(rays=64, repeats=1, device="cpu"))
+    assert result["kernels"] == {"torch": "torch-gather", "definition": "torch-definition"}[variant]
+    assert min(result["ms"].values()) > 0
+
+
+def test_the_step_report_its_last_line_and_its_table_hold_all_variants_and_samplers(tmp_path, monkeypatch, capsys):
+    def invented_step(variant, field, options):
+        ms = dict.fromkeys(step.PHASES, (10.0 if field == "before" else 20.0) * (1 + VARIANTS.index(variant)))
+        memory = {"step_memory_mb": 50.0 * (1 + VARIANTS.index(variant)), "live_per_ray": 40.0, "colour_per_ray": 9.0}
+        return {"variant": variant, "field": field, "ms": ms, "step_ms_all": [1.0], **memory}
+
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(step, "ROOT", tmp_path)
+    monkeypatch.setattr(step, "measure_in_fresh_process", invented_step)
+    monkeypatch.setattr(scaling, "measure_in_fresh_process", lambda p, *_: {**invented(p), "rays_per_step": p["rays"]})
+    monkeypatch.setattr("sys.argv", ["step", "--quick"])
+    step.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "twin/fast before-mask 5.00 after-mask 5.00"
+    assert not list((tmp_path / "benchmarks").iterdir())
+    monkeypatch.setattr("sys.argv", ["step", "--rounds", "2"])
+    step.main()
+    report = json.loads((tmp_path / "benchmarks" / "results" / "step_cpu.json").read_text())
+    assert [(r["field"], r["variant"]) for r in report["results"]] == [(f, v) for f in FIELDS for v in VARIANTS]
+    assert report["time_over_packed"]["after"] == {v: 1.0 + i for i, v in enumerate(VARIANTS)}
+    assert report["memory_ratio_twin_over_packed"] == {"before": 5.0, "after": 5.0}
+    assert [row["strategy"] for row in report["samplers"]] == list(scaling.STRATEGIES)
+    assert capsys.readouterr().out.splitlines()[-1] == "twin/fast before-mask 5.00 after-mask 5.00"
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path / "benchmarks" / "results")
+    text = readme_tables.step()
+    assert "| after the mask | dense twin | 100 | 100 | 100 | 100 | 5.00 | 250 | 5.00 | 40.0, 9.0 |" in text
+    assert "| soft | 4224.0 | 4224.0 |" in text
+    monkeypatch.setattr("sys.argv", ["step", "--only", "packed,torch"])
+    with pytest.raises(SystemExit):
+        step.main()
 
 
 @pytest.mark.parametrize("field", ["before", "after"])
