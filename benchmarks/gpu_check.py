@@ -3,11 +3,13 @@
     make gpu-check        or, with another Python that has torch:  python -m benchmarks.gpu_check
 
 The tests marked cuda (every kernel and whole renderings against their twins), benchmarks/kernels.py, step.py and
-launches.py, and full lego (30000 steps of 4096 rays; as much of it as fits, on the demo scene without lego under
---data_folder). --full adds the same with half the rays and compute-sanitizer over the kernels' tests, which takes
-longer. Each part runs in a process of its own, and its failure leaves the others alone. Writes
-benchmarks/results/gpu_check.json (or --out) after each part; exits with 1 if a part failed. A target that was missed
-is said, but is no failure.
+launches.py, and full lego (30000 steps of 4096 rays, scored on all test views that are there; as much of it as fits, on
+the demo scene without lego under --data_folder). In the time that is left: full, full with half the rays and expansive
+with half the rays, all three by the same shortened schedule, and compute-sanitizer over some of the kernels' tests.
+--full has no limit of time: step.py with all its variants, the two with half the rays by the whole schedule, and
+compute-sanitizer over all of the kernels' tests. Each part runs in a process of its own, and its failure leaves the
+others alone. Writes benchmarks/results/gpu_check.json (or --out) after each part; exits with 1 if a part failed. A part
+for which there is no time, or a target that was missed, is said, but is no failure.
 """
 
 import argparse
@@ -20,16 +22,19 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.gpu_comparison import COMPARED, SHORT, WHOLE, comparison, schedule, short_steps
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))
 
-# Seconds: all parts of the default call together, and what loading and scoring take beside training.
-DEADLINE, BESIDE_TRAINING = 570.0, 60.0
+# Seconds: all parts of the default call together; of a training, which are enough there; what loading takes beside
+# training at most, and scoring a view; compute-sanitizer's least; an end where there is no other.
+DEADLINE, ENOUGH, LOADING, SCORING, SANITIZING, NO_LIMIT = 570.0, 240.0, 60.0, 0.5, 60.0, 1e4
 PYTEST = ["-m", "pytest", "-m", "cuda", "--durations=5", "--continue-on-collection-errors", "tests/test_triton.py"]
 TESTS = [*PYTEST, "tests/test_cuda.py"]
 # compute-sanitizer checks every access, tens of times slower: without the tests of millions of points.
 SANITIZED = [*PYTEST, "-k", "not millions and not more_points and not more_samples"]
+SOME_SANITIZED = [*PYTEST, "-k", "collected_along_rays or weights_and_their or composites_and or until_opaque_equal"]
 MINIMUM_RATIO, MOST_WAITS = 8.0, 2.0
 LEAST_PSNR, MOST_SECONDS, MOST_MB = 36.4, 120.0, 1536.0
 
@@ -68,6 +73,11 @@ def guarded(name: str, command: list[str], seconds: float) -> dict:
         return {"holds": False, "error": f"{type(error).__name__}: {error}", "output": []}
 
 
+def skipped(why: str) -> dict:
+    """A part that was not run, which is no failure."""
+    return {"holds": True, "skipped": why, "output": []}
+
+
 def check(options: argparse.Namespace, write) -> dict:
     """All parts' reports by name; `write(parts)` is called after each."""
     python, ends, parts = sys.executable, time.perf_counter() + DEADLINE, {}
@@ -78,28 +88,57 @@ def check(options: argparse.Namespace, write) -> dict:
         "step": ["-m", "benchmarks.step", "--device", "cuda", "--repeats", "30", "--rounds", "1"],
         "launches": ["-m", "benchmarks.launches"],
     }
+    if not options.full:
+        commands["step"] += ["--only", "packed,twin"]
     for name, seconds in at_most.items():
         parts[name] = guarded(name, [python, *commands[name]], 10 * seconds if options.full else seconds)
         if name == "step" and parts[name]["holds"]:
             parts[name]["result"] = json.loads((RESULTS / "step_cuda.json").read_text())
         write(parts)
-    train = [python, "-m", "benchmarks.training", "--data_folder", options.data_folder, "--seconds"]
-    left = 1e4 if options.full else max(ends - time.perf_counter(), BESIDE_TRAINING + 10)
-    enough = min(options.train_seconds, left - BESIDE_TRAINING)
-    parts["training"] = guarded("training", [*train, f"{enough:.0f}"], left)
+    trainings(options, ends, parts, write)
+    parts["compute-sanitizer"] = sanitize(options.full, ends - time.perf_counter())
     write(parts)
-    if options.full:
-        half = {"full, 2048 rays": ["--batch_size", "2048"]}
-        half["expansive, es_ratio 0.5"] = ["--strategy", "expansive", "--es_ratio", "0.5"]
-        for name, more in half.items():
-            parts[name] = guarded(name, [*train, f"{options.train_seconds:.0f}", "--", *more], 1e4)
-            write(parts)
-        parts["compute-sanitizer"] = {"holds": True, "output": ["not installed"]}
-        if tool := shutil.which("compute-sanitizer"):
-            command = [tool, "--error-exitcode", "1", python, *SANITIZED]
-            parts["compute-sanitizer"] = guarded("compute-sanitizer", command, 3600.0)
-        write(parts)
     return parts
+
+
+def trainings(options: argparse.Namespace, ends: float, parts: dict, write) -> None:
+    """Adds the parts of full lego, and of what is compared beside it, until the time `ends`."""
+    from benchmarks.training import lego_test_views
+
+    def train(name: str, seconds: float, limit: float, *more: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.training", "--data_folder", options.data_folder]
+        parts[name] = guarded(name, [*command, "--seconds", f"{seconds:.0f}", "--", *more], limit)
+        write(parts)
+
+    views = lego_test_views(options.data_folder)
+    if options.full:
+        for name, own in COMPARED.items():
+            train("training" if name == WHOLE else name, options.train_seconds, NO_LIMIT, *own)
+        return
+    beside = LOADING + SCORING * views
+    left = max(ends - time.perf_counter(), beside + 10)
+    train("training", min(options.train_seconds, left - beside), left)
+    steps, seconds = short_steps(parts["training"], ends - time.perf_counter())
+    for name, own in COMPARED.items():
+        if steps:  # scored on fewer views, all three on the same
+            more = [*schedule(steps), "--test_every", str(max(views // 25, 1)), *own]
+            train(f"short: {name}", seconds, 3 * SHORT, *more)
+        else:
+            parts[f"short: {name}"] = skipped("no time left, or no whole training to tell how much it takes")
+
+
+def sanitize(everything: bool, left: float) -> dict:
+    """compute-sanitizer over all of the kernels' tests, or over some of them in `left` seconds."""
+    tool, name = shutil.which("compute-sanitizer"), "compute-sanitizer"
+    if tool is None:
+        return skipped("not installed")
+    if not everything and left < SANITIZING:
+        return skipped("no time left")
+    command = [tool, "--error-exitcode", "1", sys.executable, *(SANITIZED if everything else SOME_SANITIZED)]
+    report = guarded(name, command, NO_LIMIT if everything else left)
+    if not everything and "took longer" in report.get("error", ""):
+        return {**report, **skipped(report["error"])}
+    return report
 
 
 def targets(parts: dict) -> list[dict]:
@@ -119,13 +158,18 @@ def targets(parts: dict) -> list[dict]:
         ratio = step.get("time_ratio_twin_over_packed", {}).get(field)
         add(f"dense twin over packed, time of a step, {field} the mask, at least", MINIMUM_RATIO, ratio, higher=True)
     add("waits for the device a step (full), at most", MOST_WAITS, launches.get("full", {}).get("waits_per_step"))
-    add("lego, full: PSNR dB, at least", LEAST_PSNR, training["psnr"] if whole else None, higher=True, missing=why)
+    views = f" ({training['test_views']} test views)" if whole else ""
+    psnr = training["psnr"] if whole else None
+    add(f"lego, full: PSNR dB{views}, at least", LEAST_PSNR, psnr, higher=True, missing=why)
     # A run that was stopped may have missed its time already.
     timed = whole or (lego and training["train_seconds"] > MOST_SECONDS)
     add(
         "lego, full: training seconds, at most", MOST_SECONDS, training["train_seconds"] if timed else None, missing=why
     )
     add("lego, full: device memory MB, at most", MOST_MB, training["peak_memory_mb"] if whole else None, missing=why)
+    sanitizer = parts.get("compute-sanitizer", {"skipped": ""})
+    found = None if "skipped" in sanitizer else float(not sanitizer["holds"])
+    add("compute-sanitizer: runs with errors, at most", 0.0, found)
     return rows
 
 
@@ -137,10 +181,12 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_folder", default="data", help="folder that holds nerf_synthetic/lego")
-    parser.add_argument("--train_seconds", type=float, default=240.0, help="seconds of a training that are enough")
-    parser.add_argument("--full", action="store_true", help="half the rays and compute-sanitizer too; no limit of time")
+    parser.add_argument("--train_seconds", type=float, help="seconds of a training that are enough (240; --full: all)")
+    parser.add_argument("--full", action="store_true", help="everything as a whole; no limit of time")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_check.json")
     options = parser.parse_args(argv)
+    if options.train_seconds is None:
+        options.train_seconds = NO_LIMIT if options.full else ENOUGH
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no CUDA device; nothing was checked", file=sys.stderr)
         return 2
@@ -148,14 +194,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def write(parts: dict) -> None:
         holds = all(part["holds"] for part in parts.values())
-        report = {**facts, "holds": holds, "targets": targets(parts), "parts": parts}
+        report = {**facts, "holds": holds, "targets": targets(parts), "comparison": comparison(parts), "parts": parts}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
     parts = check(options, write)
     for name, part in parts.items():
-        print(f"--- {name}: {'holds' if part['holds'] else part['error']}")
+        print(f"--- {name}: {part.get('skipped') or ('holds' if part['holds'] else part['error'])}")
         print("\n".join(part["output"]))
+    for row in comparison(parts):
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
     for row in targets(parts):
         print(f"{row['target']} {row['bound']:g}: {row['value']} - {row['verdict']}")
     failed = [name for name, part in parts.items() if not part["holds"]]

@@ -8,11 +8,12 @@ import cv2
 import pytest
 import torch
 
-from benchmarks import gpu_check, kernels, readme_tables, scaling, step
+from benchmarks import gpu_check, gpu_comparison, kernels, readme_tables, scaling, step, training
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
 from benchmarks.step import FIELDS, VARIANTS, measure
+from tests.helpers import GOLDEN
 from utils.memory import MemoryMeter
 
 
@@ -89,10 +90,11 @@ def test_every_kernel_is_timed_forward_and_where_it_has_one_backward(field):
 
 # --- gpu-check, as far as it goes without a GPU ---
 def fake_parts(scene="lego", complete=True, seconds=100.0):
-    training = {"scene": scene, "complete": complete, "train_seconds": seconds, "psnr": 36.5, "peak_memory_mb": 1600.0}
-    step = {"time_ratio_twin_over_packed": {"before": 9.0, "after": 7.9}}
-    results = {"step": step, "launches": {"full": {"waits_per_step": 2.0}}, "training": training}
-    return {name: {"holds": True, "output": [], "result": result} for name, result in results.items()}
+    trained = {"scene": scene, "complete": complete, "train_seconds": seconds, "psnr": 36.5, "peak_memory_mb": 1600.0}
+    trained |= {"test_views": 200, "n_iters": 30_000}
+    ratios = {"time_ratio_twin_over_packed": {"before": 9.0, "after": 7.9}}
+    results = {"step": ratios, "launches": {"full": {"waits_per_step": 2.0}}, "training": trained}
+    return {name: {"holds": True, "output": [], "seconds": seconds + 20, "result": r} for name, r in results.items()}
 
 
 def verdicts(parts):
@@ -100,13 +102,59 @@ def verdicts(parts):
 
 
 def test_targets_are_met_or_missed_or_not_measured():
-    missing = "not measured (data missing)"
-    assert verdicts(fake_parts()) == ["met", "missed", "met", "met", "met", "missed"]
-    assert verdicts(fake_parts("shapes_400")) == ["met", "missed", "met", *[missing] * 3]
-    stopped = ["not measured", "missed", "not measured"]
-    assert verdicts(fake_parts(complete=False, seconds=240.0)) == ["met", "missed", "met", *stopped]
-    assert verdicts(fake_parts(complete=False)) == ["met", "missed", "met", *["not measured"] * 3]
-    assert verdicts({}) == ["not measured"] * 6
+    missing, not_yet = "not measured (data missing)", "not measured"
+    assert verdicts(fake_parts()) == ["met", "missed", "met", "met", "met", "missed", not_yet]
+    assert "(200 test views)" in gpu_check.targets(fake_parts())[3]["target"]
+    assert verdicts(fake_parts("shapes_400")) == ["met", "missed", "met", *[missing] * 3, not_yet]
+    stopped = [not_yet, "missed", not_yet]
+    assert verdicts(fake_parts(complete=False, seconds=240.0)) == ["met", "missed", "met", *stopped, not_yet]
+    assert verdicts(fake_parts(complete=False)) == ["met", "missed", "met", *[not_yet] * 4]
+    assert verdicts({}) == [not_yet] * 7
+    for report, verdict in ((gpu_check.skipped("not installed"), not_yet), ({"holds": True}, "met")):
+        assert verdicts({"compute-sanitizer": report})[-1] == verdict
+    assert verdicts({"compute-sanitizer": {"holds": False, "error": "exit code 1"}})[-1] == "missed"
+
+
+def test_shortened_trainings_fill_the_time_that_is_left_by_a_schedule_of_their_own():
+    # 20 s beside 100 s for 30000 steps: of 40 s each, 20 are for training, of which a part is planned.
+    assert gpu_comparison.short_steps(fake_parts()["training"], 120.0) == (3000, 20.0)
+    assert gpu_comparison.short_steps(fake_parts()["training"], 60.0)[0] == 0
+    assert gpu_comparison.short_steps(fake_parts()["training"], -5.0)[0] == 0
+    assert gpu_comparison.short_steps(fake_parts(seconds=10.0)["training"], 1e4)[0] == 30_000
+    assert gpu_comparison.short_steps({"holds": False, "error": "exit code 1"}, 1e4)[0] == 0
+    argv = gpu_comparison.schedule(3000)
+    assert argv == [
+        "--n_iters",
+        "3000",
+        "--upsamp_list",
+        "[200,300,400,550,700]",
+        "--update_AlphaMask_list",
+        "[200,400]",
+    ]
+
+
+def test_compared_trainings_stand_side_by_side_by_schedule():
+    parts = fake_parts() | {f"short: {name}": gpu_check.skipped("no time left") for name in gpu_comparison.COMPARED}
+    parts["short: full, 2048 rays"] = {"holds": True, "result": {"n_iters": 3000, "psnr": 30.0}}
+    parts["expansive, es_ratio 0.5"] = {"holds": True, "result": {"n_iters": 30_000, "psnr": 36.0}}
+    rows = [(r["schedule"], r["training"], r["n_iters"], r["psnr"]) for r in gpu_comparison.comparison(parts)]
+    assert rows == [
+        ("whole", "full, 4096 rays", 30_000, 36.5),
+        ("whole", "expansive, es_ratio 0.5", 30_000, 36.0),
+        ("short", "full, 2048 rays", 3000, 30.0),
+    ]
+
+
+def test_a_training_of_the_check_is_scored_on_all_views_that_are_there_and_ends_when_its_time_is_up(tmp_path):
+    (tmp_path / "nerf_synthetic").mkdir()
+    (tmp_path / "nerf_synthetic" / "lego").symlink_to(GOLDEN / "scenes" / "nerf_synthetic" / "tiny")
+    n_test = len(list((GOLDEN / "scenes" / "nerf_synthetic" / "tiny" / "test").glob("r_*.png")))
+    more = ["--N_voxel_init", "1000", "--N_voxel_final", "1000", "--batch_size", "64", "--progress_refresh_rate", "3"]
+    more += [*gpu_comparison.schedule(1000), "--n_lamb_sigma", "[2,2,2]", "--n_lamb_sh", "[2,2,2]", "--featureC", "8"]
+    result = training.training(str(tmp_path), "cpu", 0.0, more)
+    assert (result["scene"], result["complete"], result["n_iters"]) == ("lego", False, 3)
+    assert result["test_views"] == n_test > 1
+    assert json.loads(json.dumps(result))["live_samples_per_step"] > 0
 
 
 def run_check(monkeypatch, tmp_path, *argv):
@@ -134,28 +182,67 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(monkeypatch, tmp_path,
     (tmp_path / "step_cuda.json").write_text(json.dumps({"time_ratio_twin_over_packed": {"before": 8.5, "after": 8.0}}))
     code, report = run_check(monkeypatch, tmp_path)
     assert code == 1
-    assert list(report["parts"]) == ["tests", "kernels", "step", "launches", "training"]
+    short = [f"short: {name}" for name in gpu_comparison.COMPARED]
+    assert list(report["parts"]) == [
+        *("tests", "kernels", "step", "launches", "training"),
+        *(*short, "compute-sanitizer"),
+    ]
+    assert all("no time left" in report["parts"][name]["skipped"] for name in short)
     assert not report["holds"]
     assert report["parts"]["kernels"]["error"] == "OSError: no such thing"
     assert [row["verdict"] for row in report["targets"]][:2] == ["met", "met"]
     assert "gpu-check FAILED: kernels, launches" in capsys.readouterr().out
 
 
-def test_all_parts_of_a_full_check_end_in_one_report(monkeypatch, tmp_path):
+def answered(monkeypatch, tmp_path):
+    """The commands that gpu-check gives; each succeeds, trainings as fast as no GPU."""
     commands = []
-    monkeypatch.setattr(
-        gpu_check, "call", lambda command, seconds: commands.append(command) or {"holds": True, "output": []}
-    )
+
+    def call(command, seconds):
+        commands.append(command)
+        result = {"result": {"n_iters": 30_000, "train_seconds": 60.0}} if "benchmarks.training" in command else {}
+        return {"holds": True, "output": [], "seconds": 70.0, **result}
+
+    monkeypatch.setattr(gpu_check, "call", call)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     (tmp_path / "step_cuda.json").write_text("{}")
-    for tool, n_commands in ((None, 7), ("/usr/bin/compute-sanitizer", 8)):
-        commands.clear()
-        monkeypatch.setattr(gpu_check.shutil, "which", lambda name, tool=tool: tool)
-        code, report = run_check(monkeypatch, tmp_path, "--full")
-        assert code == 0
-        assert len(report["parts"]) == 8
-        assert len(commands) == n_commands
-        assert (report["parts"]["compute-sanitizer"]["output"] == ["not installed"]) == (tool is None)
+    return commands
+
+
+@pytest.mark.parametrize("tool", [None, "/usr/bin/compute-sanitizer"])
+def test_all_parts_of_a_full_check_end_in_one_report(tool, monkeypatch, tmp_path):
+    commands = answered(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: tool)
+    code, report = run_check(monkeypatch, tmp_path, "--full")
+    assert code == 0
+    assert len(report["parts"]) == 8
+    assert len(commands) == (8 if tool else 7)
+    assert (report["parts"]["compute-sanitizer"].get("skipped") == "not installed") == (tool is None)
+    assert [row["schedule"] for row in report["comparison"]] == ["whole"] * 3
+    assert not any("--n_iters" in command or "--test_every" in command for command in commands)
+
+
+def test_the_default_check_compares_trainings_of_the_same_steps_and_sanitizes_a_part_in_the_time_left(
+    monkeypatch, tmp_path
+):
+    commands = answered(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    code, report = run_check(monkeypatch, tmp_path)
+    assert code == 0
+    trainings = [command for command in commands if "benchmarks.training" in command]
+    assert len(trainings) == 4
+    assert "--test_every" not in trainings[0]  # all views
+    shared = [command[: command.index("--test_every") + 2] for command in trainings[1:]]
+    assert shared[0] == shared[1] == shared[2]
+    assert int(shared[0][shared[0].index("--n_iters") + 1]) >= 1000
+    assert [row["schedule"] for row in report["comparison"]] == ["whole", *["short"] * 3]
+    assert commands[-1][0] == "/usr/bin/compute-sanitizer"
+    assert report["targets"][-1]["verdict"] == "met"
+    late = {"holds": False, "error": "took longer than 90 s", "output": []}
+    monkeypatch.setattr(gpu_check, "call", lambda command, seconds: late)
+    assert gpu_check.sanitize(False, 90.0)["skipped"] == "took longer than 90 s"
+    assert not gpu_check.sanitize(True, 90.0)["holds"]
+    assert gpu_check.sanitize(False, 20.0)["skipped"] == "no time left"
 
 
 def test_a_part_is_called_in_a_process_of_its_own_and_killed_when_its_time_is_up():
