@@ -15,6 +15,7 @@ import torch
 
 import train
 from benchmarks.lego200 import write_report
+from components.regularisers import l1_norm
 from models import optimizers
 from models.field import Field
 from opt import parse_options
@@ -42,6 +43,7 @@ def put_twin_in_place() -> None:
         return out
 
     Field.render = render
+    Field.density_l1 = lambda field: l1_norm(*field.density_factors())
     train.make_adam = optimizers.make_adam = plain_adam
     train.threads.taking_over = contextlib.nullcontext
     train.keep_freed_memory = lambda: None

@@ -59,8 +59,8 @@ def rays_of(xy: Tensor, c2w: Tensor, intrinsics: Tensor, width: int, height: int
 
 def cast_rays(scene: Scene, pixels: PixelBatch) -> Rays:
     """Rays [B] of a sampler's pixels; a gradient flows back to `pixels.xy` if it requires one."""
-    c2w = scene.c2w[pixels.image_id]
-    rays = rays_of(pixels.xy, c2w, scene.intrinsics[pixels.image_id], scene.width, scene.height, scene.ndc)
+    c2w, intrinsics = (x.index_select(0, pixels.image_id) for x in (scene.c2w, scene.intrinsics))
+    rays = rays_of(pixels.xy, c2w, intrinsics, scene.width, scene.height, scene.ndc)
     return replace(rays, detach_samples=pixels.detach_samples)
 
 

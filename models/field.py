@@ -85,6 +85,10 @@ class Field(nn.Module):
         """(planes, lines) of the appearance; CP has no planes."""
         raise NotImplementedError
 
+    def density_l1(self) -> Tensor:
+        """The L1 norm of the density factors, a scalar; see components.regularisers.l1_norm."""
+        return self.kernels.l1_norm(*self.density_factors())
+
     def factor_slices(self, first: list[int], last: list[int]) -> dict[str, tuple[slice, ...]]:
         """For each factor, by parameter name, the part that holds the grid points first..last - 1 of each axis."""
         raise NotImplementedError

@@ -17,7 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.kernels import compiled_lookups, compiled_rendering, gather_lookups, torch_rendering
+from components import regularisers
+from models.kernels import compiled_l1, compiled_lookups, compiled_rendering, gather_lookups, torch_rendering
 from models.kernels.compiled import libraries
 from utils.console import say
 
@@ -26,18 +27,20 @@ from utils.console import say
 class Kernels:
     """A backend. name: for results.json; lookups: vm_density, vm_appearance, cp_density, cp_appearance; rendering:
     march_box, ray_weights, composite; weights_until_opaque: lookups and ray_weights in one where no gradient is asked
-    for, if the backend has it."""
+    for, if the backend has it; l1_norm: of lists of planes and lines, see components.regularisers."""
 
     name: str
     lookups: ModuleType
     rendering: ModuleType
     weights_until_opaque: Callable[..., Tensor] | None = None
+    l1_norm: Callable[[list[Tensor], list[Tensor]], Tensor] = regularisers.l1_norm
 
 
 def select(device: torch.device) -> Kernels:
     """The best backend for `device`."""
     if device.type == "cpu" and libraries() is not None:
-        return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, compiled_lookups.weights_until_opaque)
+        fused = (compiled_lookups.weights_until_opaque, compiled_l1.l1_norm)
+        return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, *fused)
     if device.type == "cuda" and (modules := _triton()) is not None:
         return Kernels("cuda-triton", *modules[:2], modules[2].weights_until_opaque)
     return Kernels("torch-gather", gather_lookups, torch_rendering)

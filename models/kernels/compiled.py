@@ -20,7 +20,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 # By library. Marching has to round exactly as torch does, without fused products; the others need no errno, no traps.
 _FAST = ("-fno-math-errno", "-fno-trapping-math")
-OWN_FLAGS = {"lookups": _FAST, "rendering": ("-ffp-contract=off",), "adam": _FAST, "network": _FAST}
+OWN_FLAGS = {"lookups": _FAST, "rendering": ("-ffp-contract=off",), "adam": _FAST, "l1": _FAST, "network": _FAST}
 COMPILE_SECONDS = 300
 
 

@@ -42,26 +42,29 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 class Factors:
     """One field's factors as the library wants them.
 
-    axes: for each group the axes of each of its tables; factors: [1, C, H, W], channels-last, in that order;
-    gradients: of the same shapes, for `scatter`, or None. `width`: P, products of all groups.
+    axes: for each group the axes of each of its tables; factors: [1, C, H, W], channels-last, in that order.
+    `width`: P, products of all groups.
     """
 
-    def __init__(self, axes, factors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, axes, factors: Sequence[Tensor]) -> None:
         self.groups = (_Group * len(axes))()
         self.grid = (ctypes.c_int32 * 3)()
-        self.width, number = 0, 0
+        self.width, self._tables = 0, []
         for group, tables in zip(self.groups, axes, strict=True):
             for table, table_axes in zip(group.tables, tables, strict=False):
-                factor = factors[number]
+                factor = factors[len(self._tables)]
                 table.values = factor.data_ptr()
                 table.axes[:] = (*table_axes, -1)[:2]
                 for axis, size in zip(table_axes, (factor.shape[3], factor.shape[2])[-len(table_axes) :], strict=True):
                     self.grid[axis] = size
-                if gradients:
-                    table.gradient = gradients[number].data_ptr()
-                number += 1
+                self._tables.append(table)
             group.channels, group.offset = factor.shape[1], self.width
             self.width += factor.shape[1]
+
+    def into(self, gradients: Sequence[Tensor]) -> None:
+        """Where `scatter` writes from now on: tensors like the factors, in their order."""
+        for table, gradient in zip(self._tables, gradients, strict=True):
+            table.gradient = gradient.data_ptr()
 
     def _at(self, xyz: Tensor) -> tuple:
         return _at(xyz), ctypes.c_int64(len(xyz)), self.grid, self.groups, len(self.groups)
@@ -93,9 +96,8 @@ class _Summed(torch.autograd.Function):
         factors = [factor.contiguous(memory_format=torch.channels_last) for factor in factors]
         xyz = xyz.contiguous()
         ctx.save_for_backward(xyz, *factors)
-        ctx.axes = axes
-        out = xyz.new_empty(len(xyz))
-        Factors(axes, factors).products(xyz, out, threads.count())
+        ctx.factors, out = Factors(axes, factors), xyz.new_empty(len(xyz))
+        ctx.factors.products(xyz, out, threads.count())
         return out
 
     @staticmethod
@@ -104,9 +106,9 @@ class _Summed(torch.autograd.Function):
         xyz, *factors = ctx.saved_tensors
         grad = grad.contiguous()
         gradients = [torch.empty_like(factor, memory_format=torch.channels_last) for factor in factors]
-        ours = Factors(ctx.axes, factors, gradients)
-        ours.scatter(xyz, grad)
-        return ours.positions(xyz, grad) if ctx.needs_input_grad[0] else None, None, *gradients
+        ctx.factors.into(gradients)
+        ctx.factors.scatter(xyz, grad)
+        return ctx.factors.positions(xyz, grad) if ctx.needs_input_grad[0] else None, None, *gradients
 
 
 class _Projected(torch.autograd.Function):
@@ -117,8 +119,8 @@ class _Projected(torch.autograd.Function):
         factors = [factor.contiguous(memory_format=torch.channels_last) for factor in factors]
         xyz = xyz.contiguous()
         ctx.save_for_backward(xyz, basis, *factors)
-        ctx.axes = axes
-        ours, out, transposed = Factors(axes, factors), xyz.new_empty(len(xyz), len(basis)), basis.detach().T
+        ctx.factors = ours = Factors(axes, factors)
+        out, transposed = xyz.new_empty(len(xyz), len(basis)), basis.detach().T
 
         def project(first: int, end: int) -> None:
             products = xyz.new_empty(end - first, ours.width)
@@ -134,7 +136,8 @@ class _Projected(torch.autograd.Function):
         xyz, basis, *factors = ctx.saved_tensors
         grad = grad.contiguous()
         gradients = [torch.empty_like(factor, memory_format=torch.channels_last) for factor in factors]
-        ours, basis_grad, position_grads = Factors(ctx.axes, factors, gradients), torch.zeros_like(basis), []
+        ours, basis_grad, position_grads = ctx.factors, torch.zeros_like(basis), []
+        ours.into(gradients)
         for start in range(0, max(len(xyz), 1), _BLOCK):
             points, upstream = xyz[start : start + _BLOCK], grad[start : start + _BLOCK]
             to_products = xyz.new_empty(len(points), ours.width)

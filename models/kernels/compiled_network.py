@@ -41,7 +41,9 @@ class _Colours(ctypes.Structure):
 def _padded(x: Tensor, *dims: int) -> Tensor:
     """x with zeros behind the given dimensions, up to a multiple of _UNIT."""
     widths = [-x.shape[dim] % _UNIT if dim in dims else 0 for dim in range(x.dim())]
-    return pad(x.detach(), [number for width in reversed(widths) for number in (0, width)]).contiguous()
+    if any(widths):
+        x = pad(x, [number for width in reversed(widths) for number in (0, width)])
+    return x.contiguous()
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -78,7 +80,7 @@ class _Call:
         self.factors = Factors(axes, factors)
         self.theirs, self.ours = _columns(len(basis), *pe)
         basis = pad(_padded(basis, 1), (0, 0, 0, -(-(len(basis) + 3) // _UNIT) * _UNIT - len(basis)))
-        w1, w2 = _padded(pad(w1.detach(), (0, 1))[:, self.theirs], 0), _padded(w2, 0, 1)
+        w1, w2 = _padded(pad(w1, (0, 1)).index_select(1, self.theirs), 0), _padded(w2, 0, 1)
         self.inputs, self.products, self.hidden = len(basis), basis.shape[1], len(w1)
         weights = (basis, basis.T.contiguous(), w1, w1.T.contiguous(), w2, w2.T.contiguous(), _padded(w3, 1))
         self.alive = (*weights, _padded(b1, 0), _padded(b2, 0), b3.detach().contiguous(), position, view, ray, factors)
@@ -100,7 +102,8 @@ class _Call:
         parts = sums.split([math.prod(shape) for shape in self.gradient_shapes])
         basis, w1, *others = (x.view(shape) for x, shape in zip(parts, self.gradient_shapes, strict=True))
         return [
-            x[tuple(map(slice, p.shape))] for x, p in zip((basis.T, w1[:, self.ours], *others), parameters, strict=True)
+            x[tuple(map(slice, p.shape))]
+            for x, p in zip((basis.T, w1.index_select(1, self.ours), *others), parameters, strict=True)
         ]
 
 
@@ -120,7 +123,7 @@ class _Shaded(torch.autograd.Function):
         )
         if keep:
             ctx.save_for_backward(position, view, ray, rgb, *kept, *parameters, *factors)
-        ctx.pe, ctx.axes = pe, axes
+            ctx.call = call  # its copies serve the backward pass too
         return rgb
 
     @staticmethod
@@ -128,14 +131,14 @@ class _Shaded(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         position, view, ray, rgb, *kept = ctx.saved_tensors[:7]
         parameters, factors, grad = ctx.saved_tensors[7:14], ctx.saved_tensors[14:], grad.contiguous()
-        call, n = _Call(ctx.pe, ctx.axes, position, view, ray, *parameters, *factors), len(position)
+        call, n = ctx.call, len(position)
         gradients = [torch.empty_like(factor, memory_format=torch.channels_last) for factor in factors]
-        ours = Factors(ctx.axes, factors, gradients)
+        call.factors.into(gradients)
         to_position, to_view = (
             x.new_empty(n, 3) if need else None
             for x, need in zip((position, view), ctx.needs_input_grad[3:5], strict=True)
         )
-        own = position.new_zeros(_SHARES, sum(map(math.prod, call.gradient_shapes)))
+        own = position.new_empty(_SHARES, sum(map(math.prod, call.gradient_shapes)))
         blocks = max(-(-n // _BLOCK), 1)
         for first, end in ((n * block // blocks, n * (block + 1) // blocks) for block in range(blocks)):
             to_products = position.new_empty(end - first, call.products)
@@ -144,9 +147,9 @@ class _Shaded(torch.autograd.Function):
                 *map(_at, (rgb, *kept, grad, to_products, to_view, own)),
                 *(ctypes.c_int64(_SHARES), threads.count()),
             )
-            ours.scatter(position[first:end], to_products, fresh=first == 0)
+            call.factors.scatter(position[first:end], to_products, fresh=first == 0)
             if to_position is not None:
-                to_position[first:end] = ours.positions(position[first:end], to_products)
+                to_position[first:end] = call.factors.positions(position[first:end], to_products)
         sums = torch.empty_like(own[0])
         sizes = (ctypes.c_int64(_SHARES), ctypes.c_int64(len(sums)))
         libraries()["network"].sum_shares(_at(own), *sizes, _at(sums), threads.count())

@@ -295,8 +295,8 @@ int32_t colours_forward(const Colours* colours, int64_t n, int64_t kept, float* 
 }
 
 // Of samples begin..end-1: to_products [end - begin, P], to_view [K, 3] (which may be null), and adds the gradients of
-// basis and network to `own` [shares, size], as Gradients lays them out. Each share of the samples has sums of its own:
-// they do not depend on the number of threads.
+// basis and network to `own` [shares, size], as Gradients lays them out, which holds nothing yet when begin is 0. Each
+// share of the samples has sums of its own: they do not depend on the number of threads.
 int32_t colours_backward(const Colours* colours, int64_t begin, int64_t end, int64_t kept, const float* rgb,
                          const float* inputs, const float* first, const float* second, const float* to_rgb,
                          float* to_products, float* to_view, float* own, int64_t shares, int32_t threads) try {
@@ -306,6 +306,7 @@ int32_t colours_backward(const Colours* colours, int64_t begin, int64_t end, int
         const FlushDenormals flush;
         const int64_t from = begin + n_tiles * share / shares * TILE;
         const int64_t to = std::min(begin + n_tiles * (share + 1) / shares * TILE, end);
+        if (begin == 0) std::fill_n(own + share * size, size, 0.f);
         backward_share(tiles[thread], from, to, kept, rgb, inputs, first, second, to_rgb,
                        to_products + (from - begin) * tiles[0].P, to_view, Gradients(tiles[thread], own + share * size));
     });
