@@ -58,6 +58,7 @@ def make_trainer(point: dict, device, memory):
     import torch
 
     from benchmarks.fields import after_mask, before_mask, shapes_scene
+    from components.regularisers import l1_norm
     from components.types import RenderOutput
     from models.growth import upsample
     from models.optimizers import BETAS, make_adam
@@ -83,7 +84,7 @@ def make_trainer(point: dict, device, memory):
             out = dense_render(field, *arguments)
             return RenderOutput(out.rgb, out.opacity, out.depth, out.n_density, out.n_colour)
 
-        field.render = render
+        field.render, field.density_l1 = render, lambda: l1_norm(*field.density_factors())
     return trainer
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from utils.console import say
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
-# By library. Marching has to round exactly as torch does, without fused products; the others need no errno, no traps.
-_FAST = ("-fno-math-errno", "-fno-trapping-math")
-OWN_FLAGS = {"lookups": _FAST, "rendering": ("-ffp-contract=off",), "adam": _FAST, "l1": _FAST, "network": _FAST}
+# Nothing needs errno or traps.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
+# By library. Marching has to round exactly as torch does, without fused products.
+OWN_FLAGS = {"lookups": (), "rendering": ("-ffp-contract=off",), "adam": (), "l1": (), "network": ()}
 COMPILE_SECONDS = 300
 
 

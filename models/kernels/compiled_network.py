@@ -20,7 +20,7 @@ from models.kernels import threads
 from models.kernels.compiled import libraries
 from models.kernels.compiled_lookups import CP_AXES, Factors, vm_order
 
-_UNIT, _TILE = 32, 64  # network.cpp's padding; samples it takes at once
+_TILE = 64  # samples that network.cpp takes at once
 # Samples whose d loss / d products is held at once, 4*P bytes each, which should fit into a cache; parts of them whose
 # gradients of the weights are summed apart.
 _BLOCK, _SHARES = 1 << 13, 16
@@ -38,9 +38,22 @@ class _Colours(ctypes.Structure):
     )
 
 
+@functools.cache
+def _unit() -> int:
+    """network.cpp's padding."""
+    library = libraries()["network"]
+    library.unit.restype = ctypes.c_int64
+    return library.unit()
+
+
+def _up(number: int) -> int:
+    """The next multiple of the padding."""
+    return -(-number // _unit()) * _unit()
+
+
 def _padded(x: Tensor, *dims: int) -> Tensor:
-    """x with zeros behind the given dimensions, up to a multiple of _UNIT."""
-    widths = [-x.shape[dim] % _UNIT if dim in dims else 0 for dim in range(x.dim())]
+    """x with zeros behind the given dimensions, up to a multiple of the padding."""
+    widths = [_up(x.shape[dim]) - x.shape[dim] if dim in dims else 0 for dim in range(x.dim())]
     if any(widths):
         x = pad(x, [number for width in reversed(widths) for number in (0, width)])
     return x.contiguous()
@@ -54,7 +67,7 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
 def _columns(n_features: int, fea_pe: int, view_pe: int) -> tuple[Tensor, Tensor]:
     """Where network.cpp's inputs stand among FeatureNetwork's [I], its number of inputs for those it does not have, and
     the other way round: each of FeatureNetwork's inputs among network.cpp's."""
-    inputs, columns = -(-(n_features + 3) // _UNIT) * _UNIT, []
+    inputs, columns = _up(n_features + 3), []
     sine = {"features": n_features + 3, "view": n_features + 3 + 2 * n_features * fea_pe}
     n_theirs = n_features * (1 + 2 * fea_pe) + 3 * (1 + 2 * view_pe)
     for block in range(1 + 2 * max(fea_pe, view_pe)):
@@ -79,7 +92,7 @@ class _Call:
     def __init__(self, pe: tuple[int, int], axes, position, view, ray, basis, w1, b1, w2, b2, w3, b3, *factors) -> None:
         self.factors = Factors(axes, factors)
         self.theirs, self.ours = _columns(len(basis), *pe)
-        basis = pad(_padded(basis, 1), (0, 0, 0, -(-(len(basis) + 3) // _UNIT) * _UNIT - len(basis)))
+        basis = pad(_padded(basis, 1), (0, 0, 0, _up(len(basis) + 3) - len(basis)))
         w1, w2 = _padded(pad(w1, (0, 1)).index_select(1, self.theirs), 0), _padded(w2, 0, 1)
         self.inputs, self.products, self.hidden = len(basis), basis.shape[1], len(w1)
         weights = (basis, basis.T.contiguous(), w1, w1.T.contiguous(), w2, w2.T.contiguous(), _padded(w3, 1))
@@ -91,7 +104,7 @@ class _Call:
             *(ctypes.addressof(self.factors.groups), len(self.factors.groups), self.factors.grid),
         )
         rows = ((self.products, self.inputs), w1.shape, (self.hidden,), w2.shape, (self.hidden,), (3, self.hidden))
-        self.gradient_shapes = (*rows, (_UNIT,))
+        self.gradient_shapes = (*rows, (_unit(),))
 
     def n_features(self, pe: tuple[int, int]) -> int:
         """F."""

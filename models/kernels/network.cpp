@@ -31,7 +31,7 @@ constexpr int LANES = 16, ROWS = 8;  // of a block in registers: ROWS x 2 vector
 #else
 constexpr int LANES = 8, ROWS = 6;  // with fewer, every sum waits for its last addition
 #endif
-constexpr int64_t UNIT = 32, TILE = 64;  // samples at once
+constexpr int64_t UNIT = 2 * LANES, TILE = 64;  // samples at once
 constexpr int64_t SHARE = 1 << 8;        // samples of a share of the forward pass
 constexpr float LARGEST_ANGLE = 8192;    // up to which the reduction below is exact enough
 
@@ -281,6 +281,8 @@ void backward_share(Tile& tile, int64_t begin, int64_t end, int64_t kept, const 
 }  // namespace
 
 extern "C" {
+int64_t unit() { return UNIT; }
+
 // rgb [K, 3] of samples 0..n-1; for the backward pass, of whole tiles among the first `kept` samples: inputs [kept, X],
 // both hidden layers [kept, H].
 int32_t colours_forward(const Colours* colours, int64_t n, int64_t kept, float* rgb, float* inputs, float* first,
