@@ -37,6 +37,7 @@ def variant_of(name: str, field_name: str, device):
     import torch
 
     from benchmarks.fields import after_mask, before_mask
+    from components.regularisers import l1_norm
     from models.kernels import Kernels, compiled, torch_lookups, torch_rendering
     from models.optimizers import BETAS, make_adam
     from tests.reference import dense_render
@@ -49,6 +50,7 @@ def variant_of(name: str, field_name: str, device):
     if name == "twin":
         for parameter in field.parameters():  # the reference's layout
             parameter.data = parameter.data.contiguous()
+        field.density_l1 = lambda: l1_norm(*field.density_factors())
         optimizer = torch.optim.Adam(field.param_groups(0.02, 1e-3), betas=BETAS)
         return field, optimizer, lambda *arguments: dense_render(field, *arguments)
     if device.type == "cpu":

@@ -476,7 +476,8 @@ def gradients(x):
 
 rgb, density = colours(), compiled_lookups.cp_density(lines, position)
 before = [rgb, *gradients(rgb), *gradients(density)]
-long = compiled_lookups.Factors(compiled_lookups.CP_AXES, lines, [torch.empty_like(line) for line in lines])
+long = compiled_lookups.Factors(compiled_lookups.CP_AXES, lines)
+long.into(into := [torch.empty_like(line) for line in lines])
 long.grid[:] = [2**31 - 1] * 3
 used_pages = int(open("/proc/self/statm").read().split()[0])
 threads._taken, allowed = 1000, resource.getrlimit(resource.RLIMIT_AS)
@@ -507,3 +508,4 @@ def test_structures_have_the_sizes_of_the_compilers():
     assert ctypes.sizeof(compiled_rendering._Mask) == 8 + 3 * 8 + 6 * 4 + 8
     assert ctypes.sizeof(compiled_network._Colours) == 5 * 8 + 14 * 8 + 4 * 4
     assert ctypes.sizeof(compiled_adam._Parameter) == 5 * 8 + 5 * 4 + 4
+    assert ctypes.sizeof(compiled_l1._Array) == 3 * 8 + 2 * 4

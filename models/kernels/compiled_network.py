@@ -41,9 +41,7 @@ class _Colours(ctypes.Structure):
 @functools.cache
 def _unit() -> int:
     """network.cpp's padding."""
-    library = libraries()["network"]
-    library.unit.restype = ctypes.c_int64
-    return library.unit()
+    return ctypes.c_int64.in_dll(libraries()["network"], "padding").value
 
 
 def _up(number: int) -> int:

@@ -281,7 +281,7 @@ void backward_share(Tile& tile, int64_t begin, int64_t end, int64_t kept, const 
 }  // namespace
 
 extern "C" {
-int64_t unit() { return UNIT; }
+extern const int64_t padding = UNIT;
 
 // rgb [K, 3] of samples 0..n-1; for the backward pass, of whole tiles among the first `kept` samples: inputs [kept, X],
 // both hidden layers [kept, H].
