@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from components.encodings import positional_encoding, spherical_harmonics
+from models.rounded_products import rounded_mlp
 
 
 class _NetworkShading(nn.Module):
@@ -34,6 +35,8 @@ class _NetworkShading(nn.Module):
         x = torch.cat(self.inputs(features, view, position), dim=-1)
         if self.dtype == torch.float32:
             return torch.sigmoid(self.mlp(x))
+        if x.device.type == "cpu":
+            return torch.sigmoid(rounded_mlp(self.mlp, x))
         # Without the cache of casts, which threads would share.
         with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
             out = self.mlp(x)

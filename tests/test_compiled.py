@@ -327,6 +327,21 @@ def test_bfloat16_changes_colours_a_little_and_every_parameter_still_learns():
         assert parameter.grad.any()
 
 
+def test_bfloat16_products_are_those_of_torchs_autocast():
+    generator = torch.Generator().manual_seed(2)
+    module = build_shading("MLP_Fea", 27, 2, 2, 0, 64, "bfloat16")
+    features = torch.randn(500, 27, generator=generator, requires_grad=True)
+    view, upstream = torch.randn(500, 3, generator=generator), torch.randn(500, 3, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        definition = module.mlp(torch.cat(module.inputs(features, view, view), -1))
+    results = [module(features, view, view), torch.sigmoid(definition.float())]
+    inputs = [features, *module.parameters()]
+    gradients = [torch.autograd.grad(result, inputs, upstream) for result in results]
+    # A sum in another order may be rounded to the next number of bfloat16, 2^-8 away.
+    for a, b in zip(*([result, *own] for result, own in zip(results, gradients, strict=True)), strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm()
+
+
 # --- Adam ---
 def adam_steps(kind, shape, steps=4):
     generator = torch.Generator().manual_seed(1)
