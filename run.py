@@ -10,13 +10,13 @@ python run.py --strategies full,expansive:es_ratio=0.5   strategies with setting
 
 import sys
 import traceback
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from opt import OPTIONS, REPOSITORY, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
-from utils.errors import OptionError, RunFolderError, RunLockedError, RunsFailed, RunsLeft, SceneError, UserError
+from utils.errors import OptionError, RunLockedError, RunsFailed, RunsLeft, SceneError, UserError, printable
 from utils.signals import PREEMPTED_EXIT_CODE, Preempted, stop_if_asked, stop_requests
 from utils.variants import Variant, parse_variants
 
@@ -317,22 +317,38 @@ def check_scenes(plan: Sequence[Namespace], absent: Sequence[str]) -> None:
 
 
 def run_one(options: Namespace) -> None:
-    """Train one run in this process, then bring the data set's tables up to date."""
-    from utils.jobs import clear_failure
+    """Train one run in this process, then bring the data set's tables up to date, though it fail."""
+    from utils.jobs import check_settings, clear_failure, leave_failure
     from utils.reports import update_tables
 
-    clear_failure(run_folder_of(options))
-    train_one(options)
-    if not options.render_only:
-        update_tables(vars(options), compare=False)
+    if options.render_only:  # which changes nothing about how the run stands
+        return train_one(options)
+    folder = run_folder_of(options)
+    check_settings(folder, resolved_dict(options), set(RUN_IDENTITY_EXEMPT))
+    clear_failure(folder)
+    try:
+        train_one(options)
+    except RunLockedError:
+        raise
+    except Exception as error:
+        if not (folder / "results.json").exists():
+            leave_failure(folder, error)
+        try:
+            update_tables(vars(options), compare=False)
+        except (UserError, OSError) as trouble:
+            print(f"error: {trouble}", file=sys.stderr)
+        raise
+    update_tables(vars(options), compare=False)
 
 
 def train_one(options: Namespace) -> None:
     """Train (or render) as the options say, in this process."""
     import train
+    from utils.run_folder import naming_full_disks
 
     stop_if_asked()
-    train.run(options)
+    with naming_full_disks(run_folder_of(options)):
+        train.run(options)
 
 
 def train_isolated(options: Namespace) -> None:
@@ -346,7 +362,7 @@ def train_isolated(options: Namespace) -> None:
 
 def run_job() -> int:
     """In a process that a launcher started: train the job that it hands over; returns the exit code."""
-    from utils.jobs import record_failure
+    from utils.jobs import leave_failure
     from utils.processes import LOCKED_EXIT_CODE, receive_job
 
     job = receive_job()
@@ -358,9 +374,7 @@ def run_job() -> int:
             report(error, job.options["debug"])
             raise SystemExit(LOCKED_EXIT_CODE) from error
         except Exception as error:
-            code = 2 if isinstance(error, UserError) else 1
-            with suppress(RunFolderError):  # on a full disk, say: the error itself matters more
-                record_failure(job.folder, str(error) or type(error).__name__, type(error).__name__, code)
+            leave_failure(job.folder, error)
             raise
 
     return exit_code(experiment, job.options["debug"])
@@ -397,5 +411,11 @@ def exit_code(experiments: Callable[[], None], debug: bool | None = None) -> int
     return 0
 
 
+def one_line_warning(message: Warning | str, *place: object) -> str:
+    """A warning as a user needs it; where in the code it was raised is of no use to him."""
+    return f"warning: {printable(' '.join(str(message).split()))}\n"
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = one_line_warning
     sys.exit(run_job() if sys.argv[1:2] == [JOB_FLAG] else exit_code(main))

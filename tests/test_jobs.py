@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 
 import pytest
 
 from opt import OPTIONS, RUN_IDENTITY_EXEMPT, parse_options, resolved_dict
 from run import job_of
-from utils.errors import OptionError
+from utils.errors import OptionError, RunsFailed
 from utils.jobs import Job, clear_failure, plan_lines, plan_runs, read_failure, record_failure, shard_of
-from utils.launchers import local_slots
+from utils.launchers import LocalLauncher, local_slots
+from utils.sweep import carry_out
 
 
 def job(tmp_path, tag="full", *more: str, retry=False) -> Job:
@@ -92,6 +94,34 @@ def test_overwrite_starts_all_and_says_so(five):
     assert [starts for _, starts in planned(*afresh)] == [True] * 5
     told = plan_lines(plan_runs(afresh, RUN_IDENTITY_EXEMPT))
     assert [("starts afresh" in line) for line in told] == [False, True, True, True, True, False]
+
+
+def damage_as_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_text('{"psnr": 3'), r"results\.json is damaged \(not JSON\): remove it"),
+        (
+            lambda path: path.write_text('{"psnr": "x"}'),
+            r"results\.json is damaged \(psnr is not a number\): remove it",
+        ),
+        (damage_as_a_folder, r"cannot read .*results\.json \(not a regular file\)"),
+    ],
+    ids=["cut short", "other content", "a folder"],
+)
+def test_a_run_with_a_damaged_result_is_refused_with_the_reason_unless_overwritten(five, damage, says):
+    damage(five[2].folder / "results.json")
+    (one,) = plan_runs([five[2]], RUN_IDENTITY_EXEMPT)
+    assert (one.state.value, one.starts) == ("refused", False)
+    assert re.search(says, one.reason)
+    assert plan_lines([one])[-1] == "1 runs: 1 refused; 0 to start"
+    with pytest.raises(RunsFailed, match=says):
+        carry_out([one], LocalLauncher(["none"], [{}]), lambda job: None)
+    assert planned(Job(five[2].name, five[2].folder, five[2].options | {"overwrite": True})) == [("refused", True)]
 
 
 def test_rendering_is_done_whatever_the_state(five):

@@ -1,7 +1,9 @@
 """Runs in processes of their own: how their end is understood, and how many there are at a time."""
 
+import errno
 import itertools
 import json
+import os
 import signal
 import sys
 import time
@@ -165,6 +167,30 @@ def test_a_process_that_cannot_be_started_is_a_failure_of_its_run(tmp_path, monk
     monkeypatch.setattr("utils.processes.subprocess.Popen", refuse)
     outcome = start_run(python(""), job(tmp_path), {})
     assert outcome == Outcome(State.FAILED, "its process cannot be started (Cannot allocate memory)")
+
+
+def test_a_process_that_left_no_word_on_a_full_disk_is_explained_by_the_disk(tmp_path, monkeypatch):
+    one = job(tmp_path)
+    process = start_run(python("raise SystemExit(1)"), one, {})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = end_of(process)
+    assert outcome.state is State.FAILED
+    assert f"ended with exit code 1; see {one.folder / 'run.log'}; cannot write " in outcome.reason
+    assert f"failed.json ({os.strerror(errno.ENOSPC)}): free some space or choose a --save_dir" in outcome.reason
+    assert [path.name for path in one.folder.iterdir()] == ["run.log"]
+
+
+def test_a_run_with_a_damaged_result_is_not_taken_for_finished(tmp_path):
+    one = job(tmp_path)
+    one.folder.mkdir()
+    (one.folder / "results.json").write_text("{")
+    outcome = start_run(python(""), one, {})
+    assert outcome.state is State.REFUSED
+    assert "results.json is damaged" in outcome.reason
 
 
 def test_a_folder_that_cannot_be_seen_when_its_run_ended_is_a_failure_of_the_run(tmp_path, monkeypatch):

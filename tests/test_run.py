@@ -1,19 +1,24 @@
 """run.py: what each experiment runs, what it passes on, and how it ends."""
 
+import errno
+import json
+import os
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import run
 import utils.reports
-from opt import REPOSITORY
-from utils.errors import OptionError, RunFolderError, SceneError
-from utils.jobs import Outcome, State
+from opt import REPOSITORY, resolved_dict
+from utils.errors import OptionError, RunFolderError, RunLockedError, SceneError
+from utils.jobs import Outcome, State, record_failure
 from utils.launchers import Event
+from utils.signals import Preempted
 
 EXPERIMENTS = {
     "full": run.run_standard_nerf,
@@ -55,7 +60,7 @@ def trained(monkeypatch, tmp_path):
 
     def run_training(options):
         fake.runs.append(options)
-        run.run_folder_of(options).mkdir(parents=True)
+        run.run_folder_of(options).mkdir(parents=True, exist_ok=True)
         if options.nerf_scene in fake.fail:
             raise fake.fail[options.nerf_scene]
         return {"psnr": 30.0}
@@ -214,6 +219,106 @@ def test_a_user_error_ends_in_one_line_and_code_2(monkeypatch, trained, capsys):
     assert capsys.readouterr().err == "error: lego: transforms_train.json is missing\n"
 
 
+def lego_run() -> Path:
+    return run.run_folder_of(run.planned_runs(["--nerf_scene", "lego"], 0)[0])
+
+
+def failed_in_a_sweep(*names: str, **settings) -> Path:
+    """The folder of lego's run as a sweep left it, with its args.json and files of these names."""
+    (options,) = run.planned_runs(["--config", run.CONFIG, "--nerf_scene", "lego"], 0)
+    folder = run.run_folder_of(options)
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(resolved_dict(options) | settings))
+    for name in names:
+        (folder / name).write_text("{}")
+    record_failure(folder, "what it failed of first", "SceneError", 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(SceneError("lego: no images"), 2), (ZeroDivisionError("no images"), 1)], ids=["user", "bug"]
+)
+def test_a_failed_run_that_fails_again_alone_stays_failed_and_tables_say_so(monkeypatch, trained, capsys, error, code):
+    folder = failed_in_a_sweep("ckpt_5.th")
+    trained.fail["lego"] = error
+    if code == 2:
+        assert start(monkeypatch) == 2
+        assert capsys.readouterr().err == "error: lego: no images\n"
+    else:
+        with pytest.raises(ZeroDivisionError):
+            start(monkeypatch)
+    facts = json.loads((folder / "failed.json").read_text())
+    assert (facts["error"], facts["kind"], facts["exit_code"]) == (str(error), type(error).__name__, code)
+    assert trained.tables == ["log/runs/syn"]
+    assert start(monkeypatch, "--dry_run") == 0
+    assert "failed: " in (told := capsys.readouterr().out)
+    assert "no images; is not started" in told
+    assert start(monkeypatch, "--dry_run", "--retry_failed") == 0
+    assert capsys.readouterr().out.endswith("1 runs: 1 failed; 1 to start\n")
+    del trained.fail["lego"]
+    assert start(monkeypatch) == 0
+    assert not (folder / "failed.json").exists()
+
+
+def test_a_single_run_with_other_settings_is_refused_and_what_is_there_stays(monkeypatch, trained, capsys):
+    folder = failed_in_a_sweep("ckpt_5.th", batch_size=77)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert start(monkeypatch) == 2
+    assert "batch_size: 77 -> " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert trained.runs == []
+
+
+@pytest.mark.parametrize(
+    ("error", "finished"),
+    [(Preempted("stopped"), False), (RunLockedError("in use"), False), (SceneError("no export"), True)],
+    ids=["stopped", "locked", "finished"],
+)
+def test_what_is_no_failure_of_the_run_leaves_none(monkeypatch, trained, error, finished):
+    if finished:
+        lego_run().mkdir(parents=True)
+        (lego_run() / "results.json").write_text("{}")
+        monkeypatch.setattr("utils.jobs.check_run_folder", lambda *arguments: "finished")
+    trained.fail["lego"] = error
+    assert start(monkeypatch) == (75 if isinstance(error, Preempted) else 2)
+    assert not list(lego_run().glob("failed.json"))
+
+
+def test_rendering_alone_says_nothing_about_its_run(monkeypatch, trained):
+    folder = failed_in_a_sweep()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    trained.fail["lego"] = SceneError("no checkpoint")
+    assert start(monkeypatch, "--render_only", "1") == 2
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_tables_that_cannot_be_written_do_not_hide_why_a_single_run_failed(monkeypatch, trained, capsys):
+    def full(folder):
+        raise RunFolderError("cannot write res_table.md")
+
+    monkeypatch.setattr(utils.reports, "write_tables", full)
+    trained.fail["lego"] = SceneError("lego: no images")
+    assert start(monkeypatch) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: cannot write res_table.md", "error: lego: no images"]
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EFBIG"])
+@pytest.mark.parametrize("file", [None, "cache/kernel.so"])
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_code_2(monkeypatch, trained, capsys, name, file):
+    code = getattr(errno, name)
+    trained.fail["lego"] = OSError(code, os.strerror(code), file)
+    assert start(monkeypatch) == 2
+    place = file or f"{lego_run()} or the output of this run"
+    remedy = "free some space or choose a --save_dir that can be written"
+    assert capsys.readouterr().err == f"error: cannot write {place} ({os.strerror(code)}): {remedy}\n"
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch, trained):
+    trained.fail["lego"] = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        start(monkeypatch)
+
+
 def test_an_option_error_ends_in_one_line_and_code_2(monkeypatch, trained, capsys):
     assert start(monkeypatch, "--n_iter", "5") == 2
     assert capsys.readouterr().err == "error: command line: n_iter: is no option: did you mean n_iters?\n"
@@ -299,6 +404,17 @@ def test_help_works_from_another_folder_without_loading_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--nerf_scene" in done.stdout
+
+
+def test_a_warning_is_one_line_without_the_place_in_the_code(tmp_path):
+    code = (
+        "import runpy, sys, warnings; sys.argv = ['run.py', '--help']\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"try: runpy.run_path({str(REPOSITORY / 'run.py')!r}, run_name='__main__')\n"
+        "except SystemExit: warnings.warn('a view\\n is \\x1b[1m missing')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "warning: a view is \\x1b[1m missing\n"
 
 
 def test_the_script_ends_with_code_2_from_another_folder(tmp_path):

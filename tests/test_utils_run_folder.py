@@ -70,6 +70,17 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert read_json(tmp_path / "args.json")["n_iters"] == 200
 
 
+@pytest.mark.parametrize("name", ["results.json", "args.json", "ckpt_5.th"])
+def test_a_folder_where_a_file_of_the_run_should_be_is_named_with_its_own_remedy(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunFolderError) as caught:
+        prepare(tmp_path, overwrite=True)
+    assert str(caught.value) == f"{tmp_path / name} is in the way (Is a directory): move or remove it"
+    if name == "args.json":
+        with pytest.raises(RunFolderError, match=r"args\.json is in the way"):
+            write_json_atomic(tmp_path / name, {})
+
+
 def test_an_interrupted_overwrite_never_leaves_what_looks_finished(tmp_path, monkeypatch):
     names = ("metrics.jsonl", "results.json", "ckpt_12.th", "ckpt_9.th.damaged", "views.npz", "overview.png")
     unlink, rmtree = Path.unlink, shutil.rmtree

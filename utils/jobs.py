@@ -8,14 +8,16 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import latest_checkpoint
-from utils.errors import RunFolderError
+from utils.errors import RunFolderError, UserError
+from utils.results import fault_of_results
 from utils.run_folder import check_run_folder, naming_os_errors, read_json, write_json_atomic
 from utils.run_lock import holder
 
@@ -85,7 +87,8 @@ def folder_state(folder: Path) -> tuple[State, str]:
     folder = Path(folder)
     with naming_os_errors(folder):
         if (folder / "results.json").exists():
-            return State.FINISHED, ""
+            fault = _fault_of(folder / "results.json")
+            return (State.REFUSED, fault) if fault else (State.FINISHED, "")
         owner = holder(folder)
         if owner:
             return State.RUNNING, owner
@@ -98,6 +101,15 @@ def folder_state(folder: Path) -> tuple[State, str]:
         if (folder / "args.json").exists():
             return State.STARTED, "before its first checkpoint"
         return State.NEW, ""
+
+
+def _fault_of(path: Path) -> str:
+    """What is wrong with a results.json and what to do about it; "" if tables can be made of it."""
+    try:
+        fault = fault_of_results(read_json(path))
+    except RunFolderError as error:
+        return str(error)
+    return f"{path} is damaged ({fault}): remove it or start the run with --overwrite" if fault else ""
 
 
 def may_start(job: Job, state: State) -> bool:
@@ -120,11 +132,19 @@ def plan_runs(jobs: Sequence[Job], exempt: frozenset[str]) -> list[Planned]:
 def _planned(job: Job, exempt: set[str]) -> Planned:
     try:
         state, reason = folder_state(job.folder)
-        if not (job.options["overwrite"] or job.options["render_only"] or _left_nothing(job.folder)):
-            check_run_folder(job.folder, job.options, exempt)
+        check_settings(job.folder, job.options, exempt)
     except RunFolderError as error:
         return Planned(job, State.REFUSED, str(error), starts=False)
     return Planned(job, state, reason, may_start(job, state))
+
+
+def check_settings(folder: Path, options: Mapping[str, Any], exempt: set[str]) -> None:
+    """Raise RunFolderError if a folder holds a run with other settings that a start would go on with; changes nothing.
+
+    options: the resolved options of the run that is to be started. exempt: those that may differ.
+    """
+    if not (options["overwrite"] or options["render_only"] or _left_nothing(folder)):
+        check_run_folder(folder, options, exempt)
 
 
 def plan_lines(plan: Sequence[Planned]) -> list[str]:
@@ -164,6 +184,14 @@ def record_failure(folder: Path, error: str, kind: str, exit_code: int) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     facts = {"error": error, "kind": kind, "exit_code": exit_code, "time": stamp, "host": socket.gethostname()}
     write_json_atomic(Path(folder) / FAILURE, facts)
+
+
+def leave_failure(folder: Path, error: Exception) -> None:
+    """The same for an error that ended a run, if the run has a folder."""
+    if Path(folder).is_dir():
+        code = 2 if isinstance(error, UserError) else 1
+        with suppress(RunFolderError):  # on a full disk, say: the error itself matters more
+            record_failure(folder, str(error) or type(error).__name__, type(error).__name__, code)
 
 
 def clear_failure(folder: Path) -> None:

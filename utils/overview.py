@@ -61,7 +61,7 @@ class Overview:
         if run:
             run.bar.close()
         self._n_ended += 1
-        self._n_failed += outcome.state is State.FAILED
+        self._n_failed += outcome.state in (State.FAILED, State.REFUSED)
         self._all.update()
         told = outcome.reason or (_result(job.folder) if outcome.state is State.FINISHED else "")
         how = "stopped" if outcome.state is State.STARTED else outcome.state

@@ -104,8 +104,10 @@ class RunProcess:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         hint = " (the machine may be out of memory)" if -code == getattr(signal, "SIGKILL", None) else ""
         error = f"its process {how}{hint}; see {self.job.folder / LOG}"
-        with suppress(RunFolderError):  # then the outcome alone tells of it
+        try:
             record_failure(self.job.folder, error, "killed" if code < 0 else "exit", code)
+        except RunFolderError as trouble:  # then the outcome alone tells of it; perhaps it is why the process ended
+            return f"{error}; {trouble}"
         return error
 
 

@@ -1,5 +1,6 @@
 """The folder of one run: its name, what it means to find it there, and files that are whole or absent."""
 
+import errno
 import json
 import math
 import os
@@ -29,6 +30,9 @@ RUN_FILES = (
     "args.json",
 )
 LEFTOVERS = ".*.tmp"  # what a killed run was writing
+# How the system says that there is something else where a file should be, and that nothing can be written.
+_NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 RUN_FOLDERS = ("imgs_vis", "imgs_test_all", "imgs_train_all", "imgs_path_all")
 
 
@@ -136,10 +140,27 @@ def naming_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunFolderError(
-            f"cannot write {path} ({reason}): free some space or choose a --save_dir that can be written"
-        ) from error
+        blocker = error.filename2 or error.filename
+        if error.errno in _NO_FILE and blocker:
+            raise RunFolderError(f"{blocker} is in the way ({reason(error)}): move or remove it") from error
+        raise _unwritable(path, error) from error
+
+
+@contextmanager
+def naming_full_disks(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block that says that a disk is full or read-only into a RunFolderError, whatever was
+    written: `folder`, the run's, or its output, which may lie elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise _unwritable(error.filename or f"{folder} or the output of this run", error) from error
+
+
+def _unwritable(what: object, error: OSError) -> RunFolderError:
+    remedy = "free some space or choose a --save_dir that can be written"
+    return RunFolderError(f"cannot write {what} ({reason(error)}): {remedy}")
 
 
 @contextmanager
