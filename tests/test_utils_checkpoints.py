@@ -144,6 +144,16 @@ def test_the_latest_whole_checkpoint_is_loaded_and_damaged_ones_after_it_are_set
     assert latest_checkpoint(tmp_path).name == "ckpt_10.th"
 
 
+def test_a_folder_named_like_a_checkpoint_is_set_aside_like_a_damaged_one(tmp_path, capsys):
+    save_checkpoint({"n": 1}, tmp_path / "ckpt_1.th")
+    (tmp_path / "ckpt_2.th").mkdir()
+    with pytest.raises(DamagedCheckpointError, match=r"ckpt_2\.th is no file, so no checkpoint"):
+        load_checkpoint(tmp_path / "ckpt_2.th")
+    assert load_latest(tmp_path, load_checkpoint) == {"n": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_1.th", "ckpt_2.th.damaged"]
+    assert "ckpt_1.th takes its place" in capsys.readouterr().out
+
+
 def test_another_fault_of_the_latest_checkpoint_is_not_passed_over(tmp_path):
     for step in (5, 10):
         save_checkpoint({"step": step}, tmp_path / f"ckpt_{step}.th")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import pytest
 import utils.run_lock as module
 from tests.helpers import ROOT
 from utils.errors import RunFolderError
+from utils.jobs import folder_state
 from utils.run_lock import LOCK_NAME, STALE_SECONDS, Owner, run_lock
+from utils.signals import Preempted, stop_requests
 
 TOKEN = "0123456789abcdef"
 NO_SUCH_PROCESS = 2**22 + 1  # above Linux's largest
@@ -151,6 +155,45 @@ def test_a_lock_that_cannot_be_read_is_an_error_in_one_line(tmp_path, monkeypatc
         with pytest.raises(RunFolderError, match=r"run\.lock \(Stale file handle\)"):
             lock.check()
         monkeypatch.undo()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+def test_a_lock_that_is_no_file_is_named_and_nobody_waits_for_it(tmp_path, make):
+    make(tmp_path / LOCK_NAME)
+    message = re.escape(f"{tmp_path / LOCK_NAME} is in the way (not a regular file): move or remove it")
+    with pytest.raises(RunFolderError, match=message), run_lock(tmp_path):
+        pass
+    with pytest.raises(RunFolderError, match=message):
+        folder_state(tmp_path)
+    assert names(tmp_path) == [LOCK_NAME]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_lock_that_is_a_link_to_nowhere_is_named_after_some_tries(tmp_path, monkeypatch, links):
+    def no_links(source, target):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    if not links:
+        monkeypatch.setattr(module.os, "link", no_links)
+    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(RunFolderError, match=r"run\.lock can neither be taken nor read; .* remove it"),
+        run_lock(tmp_path),
+    ):
+        pass
+    assert names(tmp_path) == [LOCK_NAME]
+
+
+def test_who_tries_for_a_lock_again_and_again_can_be_stopped(tmp_path, monkeypatch):
+    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    with stop_requests():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Preempted), run_lock(tmp_path):
+            pass
+    assert names(tmp_path) == [LOCK_NAME]
 
 
 def test_a_takeover_that_was_killed_half_way_stops_nobody(tmp_path):

@@ -68,6 +68,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     """
     path = Path(path)
     if not is_regular(path):
+        if path.is_symlink() or path.exists():
+            raise DamagedCheckpointError(f"{path} is no file, so no checkpoint: choose another one")
         raise CheckpointError(f"{path}: no such checkpoint; check --ckpt")
     _check_sums(path)
     _check_pickles(path)

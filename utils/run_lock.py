@@ -21,11 +21,15 @@ from pathlib import Path
 import psutil
 
 from utils.console import say
-from utils.errors import RunLockedError
+from utils.errors import RunFolderError, RunLockedError
+from utils.files import open_regular
 from utils.run_folder import naming_os_errors
+from utils.signals import stop_if_asked
 
 LOCK_NAME = "run.lock"
 RENEW_SECONDS, STALE_SECONDS = 20.0, 300.0
+# How often a lock is tried for that comes and goes, and the pause in between: a network folder may be seconds behind.
+MOST_TRIES, PAUSE_SECONDS = 100, 0.1
 # Start times of processes are told to a hundredth of a second, but against a clock that may be set anew meanwhile.
 START_SLACK_SECONDS = 2.0
 
@@ -169,11 +173,16 @@ def _take(path: Path, mine: Path, me: Owner, gone: list[Owner]) -> Owner | None:
 
     A dead owner's lock is replaced by whoever first takes a second one, named after that very lock: so no one
     replaces what a faster one has put there meanwhile. That second one may itself have been left behind, and so on.
+    Raises RunFolderError if something is there all the time that is no lock.
     """
-    while not _link(mine, path):
+    for _ in range(MOST_TRIES):
+        if _link(mine, path):
+            return None
         try:
             found, age = _read(path), mine.stat().st_mtime - path.stat().st_mtime
-        except FileNotFoundError:  # given back just now
+        except FileNotFoundError:  # given back just now, or a link to nowhere
+            time.sleep(PAUSE_SECONDS)
+            stop_if_asked()
             continue
         if not _is_gone(found, me, age):
             return found
@@ -184,9 +193,9 @@ def _take(path: Path, mine: Path, me: Owner, gone: list[Owner]) -> Owner | None:
         if path.exists() and _read(path) == found:
             os.replace(claim, path)
             gone.append(found)
-            break
+            return None
         claim.unlink(missing_ok=True)
-    return None
+    raise RunFolderError(f"{path} can neither be taken nor read; if it is a link to nowhere, remove it")
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -206,10 +215,11 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _read(path: Path) -> Owner:
-    """The owner in a lock, an unknown one if the file cannot be understood. Raises FileNotFoundError."""
-    with open(path, encoding="utf-8") as file:
+    """The owner in a lock, an unknown one if the file cannot be understood. Raises FileNotFoundError, or another
+    OSError if it is no file."""
+    with open_regular(path) as file:
         try:
-            owner = Owner(**json.loads(file.read(2000)))
+            owner = Owner(**json.loads(file.read(2000).decode("utf-8")))
         except (ValueError, TypeError, RecursionError):
             return _UNKNOWN
     plain = isinstance(owner.pid, int) and owner.pid > 0 and isinstance(owner.started, float)
