@@ -235,3 +235,14 @@ def test_a_row_of_another_protocol_is_pointed_out():
     text = markdown(rows_by_tag(runs), [])
     assert "egra ran under another protocol (n_iters = 20)" in text
     assert "another protocol" not in markdown(rows_by_tag(runs[:1]), [])
+
+
+def test_a_row_is_compared_with_the_baselines_run_of_its_seed():
+    runs = [
+        result(tag="full", seed=1, options={"n_iters": 40}),
+        result(tag="full", seed=2, options={"n_iters": 20}),
+        result("egra", tag="egra", seed=2, options={"n_iters": 20}),
+    ]
+    text = markdown(rows_by_tag(runs), [])
+    assert "egra ran under another protocol" not in text
+    assert "egra also differs" not in text

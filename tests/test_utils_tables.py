@@ -201,7 +201,42 @@ def test_there_is_no_difference_between_runs_scored_on_other_views(root, other):
     write_tables(root)
     rows, notes = markdown(root)
     assert (rows["lego", "soft"]["PSNR - full"], rows["lego", "egra"]["PSNR - full"]) == ("n/a", "+2.00")
-    assert [note for note in notes if "soft" in note and "no difference" in note] == notes[:1]
+    (note,) = notes
+    assert "soft" in note
+    assert "scored on other views or pixels than full, so there is no difference to it" in note
+
+
+def test_settings_are_compared_between_runs_of_one_seed(root):
+    for seed, rate in ((0, 0.1), (1, 0.2), (2, 0.2)):
+        add_run(root, "lego", "full", seed, psnr=30.0, options={"lr_init": rate})
+    for seed, rate in ((1, 0.2), (2, 0.2)):
+        add_run(root, "lego", "egra", seed, psnr=31.0, options={"lr_init": rate})
+        add_run(root, "lego", "soft", seed, psnr=31.0, options={"lr_init": 0.1})
+    add_run(root, "lego", "other", 3, psnr=31.0, options={"lr_init": 0.2})
+    write_tables(root)
+    told = [note for note in markdown(root)[1] if "differs" in note]
+    # The first runs of a row without a shared seed are all that can be compared.
+    assert told == [
+        "- careful: lego: other also differs from full in lr_init = 0.2",
+        "- careful: lego: soft also differs from full in lr_init = 0.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other_seeds", "difference", "says"),
+    [([], "+1.00 +- 0.00", None), ([1], "+1.00 (1 of 2)", "with seed 1 was"), ([0, 1], "n/a", "soft was")],
+)
+def test_a_row_is_said_to_be_scored_on_other_views_where_its_pairs_are(root, other_seeds, difference, says):
+    for seed in (0, 1):
+        add_run(root, "lego", "full", seed, psnr=30.0, per_view={"indices": [0, 1]})
+        views = [0, 8] if seed in other_seeds else [0, 1]
+        add_run(root, "lego", "soft", seed, psnr=31.0, per_view={"indices": views})
+    write_tables(root)
+    rows, notes = markdown(root)
+    assert rows["lego", "soft"]["PSNR - full"] == difference
+    assert len(notes) == (says is not None)
+    for note in notes:
+        assert f"{says} scored on other views or pixels than full, so there is no difference to it" in note
 
 
 def test_runs_of_the_cp_decomposition_are_compared_with_their_own_full(root):

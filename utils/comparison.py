@@ -113,7 +113,7 @@ def rows_by_tag(runs: list[dict]) -> dict[str, list[dict]]:
 
 def paired_differences(rows: dict[str, list[dict]], tag: str, key: str = "psnr") -> list[float]:
     """Differences of a figure to the baseline's, a seed each that both have and in which both were scored alike."""
-    base = {run.get("seed"): run for run in rows.get(baseline_of(rows[tag]), [])}
+    base = _by_seed(rows.get(baseline_of(rows[tag]), []))
     pairs = [(run, base.get(run.get("seed"), {})) for run in rows[tag]]
     known = [pair for pair in pairs if None not in [run.get(key) for run in pair] and scored_alike(*pair)]
     return [mine[key] - other[key] for mine, other in known]
@@ -121,7 +121,12 @@ def paired_differences(rows: dict[str, list[dict]], tag: str, key: str = "psnr")
 
 def _changed(rows: dict[str, list[dict]], tag: str) -> dict:
     """Settings in which a row differs from the baseline, or without one from the first row."""
-    return changed_settings(rows[tag], rows.get(baseline_of(rows[tag])) or next(iter(rows.values())))
+    base = rows.get(baseline_of(rows[tag])) or next(iter(rows.values()))
+    return changed_settings(_by_seed(rows[tag]), _by_seed(base))
+
+
+def _by_seed(runs: list[dict]) -> dict:
+    return {run.get("seed"): run for run in runs}
 
 
 def _cell(values: list[float | None], digits: int) -> str:
@@ -181,7 +186,8 @@ def _warnings(rows: dict[str, list[dict]], unfinished: list[str]) -> list[str]:
         other = {k: v for k, v in _changed(rows, tag).items() if k in PROTOCOL}
         if other:
             told = ", ".join(f"{k} = {v}" for k, v in other.items())
-            lines.append(f"**careful**: {tag} ran under another protocol ({told}), which its differences hold too")
+            effect = "which its differences, if it has any, hold too"
+            lines.append(f"**careful**: {tag} ran under another protocol ({told}), {effect}")
     lines += [
         f"**careful**: the runs of {tag} do not have the same settings ({', '.join(mixed)})"
         for tag, group in rows.items()

@@ -3,7 +3,7 @@
 import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,11 +73,14 @@ def mixed_settings(runs: Sequence[dict]) -> list[str]:
     return [k for k in names if any(each.get(k, absent) != settings[0].get(k, absent) for each in settings)]
 
 
-def changed_settings(runs: Sequence[dict], base: Sequence[dict]) -> dict:
-    """Settings besides the strategy in which a row's first run differs from `base`'s."""
+def changed_settings(runs: Mapping[object, dict], base: Mapping[object, dict]) -> dict:
+    """Settings besides the strategy in which a row differs from `base`, both by seed: with the first seed that both
+    have, without one in their first runs."""
     if not runs or not base:
         return {}
-    ours, others = settings_of(runs[0]), settings_of(base[0])
+    shared = next((seed for seed in runs if seed in base), None)
+    pair = (runs[shared], base[shared]) if shared in runs else (next(iter(runs.values())), next(iter(base.values())))
+    ours, others = map(settings_of, pair)
     return {k: v for k, v in ours.items() if k in others and others[k] != v and k != "strategy"}
 
 
@@ -146,6 +149,10 @@ class Grid:
         """The finished runs of a tag in these scenes."""
         keys = [(scene, tag, seed) for scene in scenes for seed in self.seeds]
         return [self.finished[key] for key in keys if key in self.finished]
+
+    def by_seed(self, scene: str, tag: str) -> dict[int, dict]:
+        """The finished runs of a tag in a scene."""
+        return {seed: self.finished[scene, tag, seed] for seed in self.seeds if (scene, tag, seed) in self.finished}
 
     def missing(self) -> dict[tuple[str, str, str], list[int]]:
         """Seeds without a result by (scene, tag, why), over the whole grid that the runs found span."""

@@ -1,7 +1,7 @@
 """Rows of the result tables: a strategy entry in a scene, or its mean over scenes, and what to know beside them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.run_grid import Grid, Spread, baseline_of, changed_settings, mixed_settings, scored_alike
@@ -98,15 +98,25 @@ def _changed_notes(grid: Grid) -> list[str]:
     scenes: dict[str, list[str]] = {}
     for tag in grid.tags:
         for scene in grid.scenes:
-            runs = grid.runs([scene], tag)
-            base = grid.runs([scene], baseline_of(runs))
+            runs = grid.by_seed(scene, tag)
+            name = baseline_of(list(runs.values()))
+            base = grid.by_seed(scene, name)
             told = [f"{k} = {v}" for k, v in changed_settings(runs, base).items() if not _tag_tells(tag, k)]
-            if told:
-                alike = scored_alike(runs[0], base[0])
-                end = "" if alike else "; it was scored on other views or pixels, so there is no difference to it"
-                note = f"{tag} also differs from {baseline_of(runs)} in {one_line(', '.join(told))}{end}"
-                scenes.setdefault(note, []).append(scene)
+            parts = [f"also differs from {name} in {one_line(', '.join(told))}"] if told else []
+            parts += _scoring(runs, base, name)
+            if parts:
+                scenes.setdefault(f"{tag} {'; '.join(parts)}", []).append(scene)
     return [f"careful: {', '.join(names)}: {note}" for note, names in scenes.items()]
+
+
+def _scoring(runs: Mapping[int, dict], base: Mapping[int, dict], name: str) -> list[str]:
+    """A remark if runs have no difference to those of their seeds in `base`, called `name`."""
+    shared = [seed for seed in runs if seed in base]
+    unlike = [seed for seed in shared if not scored_alike(runs[seed], base[seed])]
+    if not unlike:
+        return []
+    which = "" if unlike == shared else f"with seed{'s' if len(unlike) > 1 else ''} {', '.join(map(str, unlike))} "
+    return [f"{which}was scored on other views or pixels than {name}, so there is no difference to it"]
 
 
 def _tag_tells(tag: str, setting: str) -> bool:
