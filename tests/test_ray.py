@@ -6,6 +6,7 @@ The comparison of 2 scenes x 4 strategies x 2 seeds takes minutes: `make test-ra
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.ray_cluster import ENVIRONMENT, finishes, outward_connections, ray_cl
 from utils.errors import OptionError
 from utils.jobs import Outcome, State
 from utils.ray_launcher import MOST_LOSSES, RayLauncher, _import_ray, _stamp, carry_out_job
+from utils.tables import write_tables
 
 pytest.importorskip("ray")
 
@@ -83,6 +85,10 @@ def assert_same_figures(root: Path) -> None:
     first, second = (quality_columns(root / name / "runs/syn/res_table.csv") for name in ("ray", "one"))
     assert first == second
     assert len(first) > len(ours) / 2
+    for blanked, ending in ((markdown_blanked, "md"), (tex_blanked, "tex")):
+        first, second = (blanked((root / name / f"runs/syn/res_table.{ending}").read_text()) for name in ("ray", "one"))
+        assert first == second
+        assert len(first) > len(ours) / 2
 
 
 def quality_columns(path: Path) -> list[dict[str, str]]:
@@ -90,6 +96,46 @@ def quality_columns(path: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     leave = ("train_seconds", "peak_memory_mb", "commit")
     return [{k: v for k, v in row.items() if not k.startswith(leave)} for row in rows]
+
+
+def markdown_blanked(text: str) -> list:
+    """Cells and lines of a res_table.md, without times, memory, device and commit."""
+    return blanked(text.splitlines(), "|", ("train s", "peak MB", "device", "commit"))
+
+
+def tex_blanked(text: str) -> list:
+    """The same of a res_table.tex, where the facts of a row stand in a comment behind it, and some in the caption."""
+    text = re.sub(r"; device .*|(?<=\\caption\{)Data set .*?: (?=mean|one seed)", "", text)
+    rows = [re.sub(r" \\\\( |$)", " & ", line) for line in text.splitlines()]
+    return blanked(rows, "&", ("time (s)", "memory (MB)"))
+
+
+def blanked(lines: list[str], separator: str, columns: tuple[str, ...]) -> list:
+    """Lines, those of a table as cells; without the columns of these headings, and notes on devices and commits."""
+    cells = [[cell.strip() for cell in line.split(separator)] for line in lines]
+    head = next(row for row in cells if set(columns) <= set(row))
+    left_out = [head.index(column) for column in columns]
+    kept = [[cell for i, cell in enumerate(row) if len(row) < len(head) or i not in left_out] for row in cells]
+    return [row for row in kept if not re.search("not all runs have the same (device|commit)", row[0])]
+
+
+def test_tables_without_times_memory_device_and_commit_differ_only_in_figures(tmp_path):
+    def tables(name, **figures):
+        result = {"psnr": 30.0, "n_iters": 9, "train_seconds": 1.0, "peak_memory_mb": 5.0, "device": "a", "commit": "b"}
+        for tag in ("full", "egra"):
+            folder = tmp_path / name / "syn/one" / tag / "seed0"
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps(result | figures))
+        write_tables(tmp_path / name)
+        texts = [(tmp_path / name / f"res_table.{ending}").read_text() for ending in ("md", "tex")]
+        return [markdown_blanked(texts[0]), tex_blanked(texts[1])]
+
+    first = tables("first")
+    assert tables("second", train_seconds=2.0, peak_memory_mb=6.0, device="x (CPU, 1 threads)", commit="y") == first
+    for number, figure in enumerate(({"psnr": 31.0}, {"n_iters": 8})):
+        changed = tables(f"changed{number}", **figure)
+        assert changed[0] != first[0]
+        assert changed[1] != first[1]
 
 
 def make_scenes(root: Path, *names: str) -> None:
