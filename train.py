@@ -667,7 +667,8 @@ class Trainer:
         psnr = dict(zip(scored.indices, scored.psnr, strict=True))
         means = evaluation.means if evaluation else dict.fromkeys(Evaluation.METRICS)
         results = {**self.facts(), **means, "psnr_5view": sum(psnr[i] for i in few) / len(few)}
-        results["per_view"] = evaluation.results()["per_view"] if evaluation else None
+        names = [Path(test.image_paths[view]).name for view in scored.indices]
+        results["per_view"] = {"names": names, **evaluation.results()["per_view"]} if evaluation else None
         results["lpips"] = self.perceptual.lines
         results |= self.curves(psnr)
         if evaluation:

@@ -83,6 +83,7 @@ def test_thirty_steps_learn_on_every_format_and_decomposition(data_folder, tmp_p
     assert json.loads((folder / "results.json").read_text())["psnr"] == pytest.approx(results["psnr"])
     assert len(results["per_view"]["psnr"]) == len(list((folder / "imgs_test_all").glob("*.png")))
     assert np.isfinite(results["per_view"]["psnr"]).all()
+    assert len({*results["per_view"]["names"]}) == len(results["per_view"]["psnr"])
     assert results["live_samples_per_step"] >= results["colour_samples_per_step"] > 0
 
 

@@ -239,6 +239,18 @@ def test_a_row_is_said_to_be_scored_on_other_views_where_its_pairs_are(root, oth
         assert f"{says} scored on other views or pixels than full, so there is no difference to it" in note
 
 
+@pytest.mark.parametrize(
+    ("names", "pixels", "difference"), [("ab", 1, "+1.00"), ("ac", 1, "n/a"), ("ab", 2, "n/a"), (None, 1, "n/a")]
+)
+def test_the_names_of_the_scored_views_count_and_not_how_they_were_chosen(root, names, pixels, difference):
+    for tag, psnr, skips, scored, factor in (("full", 30.0, False, "ab", 1), ("soft", 31.0, True, names, pixels)):
+        options = {"test_every": 1 + skips, "skip_missing_frames": skips, "downsample_test": factor}
+        views = {"indices": [0, 1]} | ({"names": list(scored)} if scored else {})
+        add_run(root, "lego", tag, 0, psnr=psnr, options=options, per_view=views)
+    write_tables(root)
+    assert markdown(root)[0]["lego", "soft"]["PSNR - full"] == difference
+
+
 def test_runs_of_the_cp_decomposition_are_compared_with_their_own_full(root):
     for tag, psnr, model in (
         ("full", 33.0, "TensorVMSplit"),

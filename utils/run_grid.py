@@ -19,10 +19,12 @@ WHERE = ("save_dir", "up_folder_name", "tag", "data_folder", "lpips_weights")
 SHOWN = ("N_vis", "vis_every", "progress_refresh_rate", "save_every", "eval_chunk")
 OUTPUT = ("render_test", "render_train", "render_path", "render_only", "export_mesh", "export_tensorf")
 NOT_COMPARED = frozenset(["seed", *HOW_STARTED, *SWEEP, *WHERE, *SHOWN, *OUTPUT])
-# Options that say on what a run is scored: runs that differ here have no difference in quality.
-SCORED_ON = ("test_every", "downsample_test", "skip_missing_frames", "demo_resolution")
+# Options that say on what a run is scored: runs that differ here have no difference in quality. Those of VIEWS do
+# not count where both runs name their views.
+PIXELS = ("downsample_test", "demo_resolution")
+VIEWS = ("test_every", "skip_missing_frames")
 # Options that must agree before a difference in PSNR says something about the strategies.
-PROTOCOL = ("n_iters", "downsample_train", *SCORED_ON)
+PROTOCOL = ("n_iters", "downsample_train", *VIEWS, *PIXELS)
 # What shows that a folder is a run's.
 RUN_MARKS = ("results.json", "args.json", "failed.json")
 
@@ -87,14 +89,16 @@ def changed_settings(runs: Mapping[object, dict], base: Mapping[object, dict]) -
 def scored_alike(run: dict, other: dict) -> bool:
     """Whether two runs were scored on the same views, as far as they say on which."""
     ours, others = settings_of(run), settings_of(other)
-    views = [_views(run), _views(other)]
+    names, places = ([_views(each, key) for each in (run, other)] for key in ("names", "indices"))
+    known = None not in names
+    views = names if known else places  # places alone do not tell which frames are missing before them
     return (None in views or views[0] == views[1]) and all(
-        ours[key] == others[key] for key in SCORED_ON if key in ours and key in others
+        ours[key] == others[key] for key in PIXELS + VIEWS * (not known) if key in ours and key in others
     )
 
 
-def _views(run: dict) -> list | None:
-    views = run["per_view"].get("indices") if isinstance(run.get("per_view"), dict) else None
+def _views(run: dict, key: str) -> list | None:
+    views = run["per_view"].get(key) if isinstance(run.get("per_view"), dict) else None
     return views if isinstance(views, list) else None
 
 
