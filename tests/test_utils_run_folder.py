@@ -43,6 +43,20 @@ def test_a_folder_goes_from_new_to_resume_to_finished(tmp_path):
     assert prepare(folder) == "finished"
 
 
+@pytest.mark.parametrize(
+    ("finished", "before", "after", "refused"),
+    [(True, False, True, False), (True, True, False, True), (False, False, True, True)],
+)
+def test_only_a_run_that_finished_with_all_frames_may_be_asked_to_skip_missing_ones(
+    tmp_path, finished, before, after, refused
+):
+    prepare(tmp_path, skip_missing_frames=before)
+    if finished:
+        (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="skip_missing_frames") if refused else contextlib.nullcontext():
+        assert prepare(tmp_path, skip_missing_frames=after) == "finished"
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_settings_are_refused_with_the_difference_and_the_remedy(tmp_path, finished):
     prepare(tmp_path)

@@ -29,6 +29,8 @@ RUN_FILES = (
     "failed.json",
     "args.json",
 )
+# Without these a broken scene is refused: a run that ended without them would have been the same with them.
+ONLY_FOR_BROKEN = ("skip_missing_frames",)
 LEFTOVERS = ".*.tmp"  # what a killed run was writing
 # How the system says that there is something else where a file should be, and that nothing can be written.
 _NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
@@ -79,7 +81,10 @@ def check_run_folder(folder: Path, options: Mapping[str, Any], exempt: set[str])
     with naming_os_errors(folder):
         state = _state_of(folder)
     if state != "new":
-        _refuse_other_settings(folder, read_json(folder / "args.json"), json_value(options), exempt)
+        old = read_json(folder / "args.json")
+        if state == "finished" and isinstance(old, dict):
+            exempt = exempt | {name for name in ONLY_FOR_BROKEN if old.get(name) is False}
+        _refuse_other_settings(folder, old, json_value(options), exempt)
     return state
 
 
