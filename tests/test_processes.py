@@ -10,11 +10,12 @@ import time
 
 import pytest
 
-from utils.errors import RunFolderError, RunsLeft, UserError
+from utils.errors import RunFolderError, RunsFailed, RunsLeft, UserError
 from utils.jobs import Job, Outcome, Planned, State, read_failure, record_failure
 from utils.launchers import LocalLauncher
 from utils.processes import RunProcess, start_run
 from utils.run_lock import LOCK_NAME, run_lock
+from utils.signals import Preempted
 from utils.sweep import carry_out
 
 PATIENCE_SECONDS = 30
@@ -41,8 +42,8 @@ def end_of(process: RunProcess) -> Outcome:
     ("code", "state", "says"),
     [
         ("", State.FINISHED, ""),
-        ("import sys; sys.exit(75)", State.STARTED, "stopped before it began"),
-        ("import os; os.kill(os.getpid(), 15)", State.STARTED, "stopped before it began"),
+        ("import sys; sys.exit(75)", State.NEW, "before it began"),
+        ("import os; os.kill(os.getpid(), 15)", State.NEW, "before it began"),
         ("import os; os.kill(os.getpid(), 9)", State.FAILED, "killed by signal 9 (the machine may be out of memory)"),
         ("import sys; sys.exit(3)", State.FAILED, "ended with exit code 3; see"),
     ],
@@ -64,6 +65,12 @@ def test_the_error_that_a_run_left_is_its_outcome_and_the_next_start_removes_it(
     again = Job(one.name, one.folder, one.options, retry=True)
     assert end_of(start_run(python(""), again, {})).state is State.FINISHED
     assert not (one.folder / "failed.json").exists()
+
+
+def test_a_run_that_finished_as_the_signal_came_is_finished(tmp_path):
+    one = job(tmp_path)
+    process = start_run(python(f"open({str(one.folder / 'results.json')!r}, 'w'); raise SystemExit(75)"), one, {})
+    assert end_of(process) == Outcome(State.FINISHED)
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_not_started(tmp_path):
@@ -131,7 +138,7 @@ def test_a_stopped_launcher_passes_the_signal_on_and_starts_no_more(tmp_path):
             launcher.stop(signal.SIGTERM)
         if event.outcome:
             ended[event.job.name] = event.outcome.state
-    assert ended == {"a": State.STARTED, "b": State.STARTED}
+    assert ended == {"a": State.NEW, "b": State.NEW}
     assert not jobs[2].folder.exists()
 
 
@@ -212,6 +219,30 @@ def test_tables_that_cannot_be_written_do_not_stop_a_sweep(tmp_path, capsys, err
     plan = [Planned(one, State.NEW, "", starts=True) for one in jobs]
     carry_out(plan, LocalLauncher(python(""), [{}]), after_run)
     assert capsys.readouterr().err.splitlines() == ["error: a: no space", "error: b: no space"]
+
+
+def plan_of(folder, *names: str) -> list[Planned]:
+    return [Planned(job(folder, name, n_iters=1), State.NEW, "", starts=True) for name in names]
+
+
+def test_runs_that_were_stopped_before_they_began_count_as_new(tmp_path, capsys):
+    with pytest.raises(Preempted, match="stopped with 2 of 2 runs to go"):
+        carry_out(plan_of(tmp_path, "a", "b"), LocalLauncher(python("raise SystemExit(75)"), [{}]), lambda one: None)
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["1 of 2: a stopped: before it began", "2 of 2: b stopped: before it began", "2 runs: 2 new"]
+
+
+def test_runs_that_failed_alike_share_one_line_with_the_reason(tmp_path, capsys):
+    code = "import sys; raise SystemExit(4 if sys.argv[1] == 'b' else 3)"
+    with pytest.raises(RunsFailed) as caught:
+        carry_out(plan_of(tmp_path, "a", "b", "c"), LocalLauncher(python(code), [{}]), lambda one: None)
+    assert str(caught.value).splitlines() == [
+        "3 of 3 runs failed:",
+        "2 runs: its process ended with exit code 3; see (its folder)/run.log",
+        "  a",
+        "  c",
+        f"b: its process ended with exit code 4; see {tmp_path / 'b/run.log'}",
+    ]
 
 
 @pytest.mark.parametrize("owner", ["here", "elsewhere", "finished"])

@@ -91,7 +91,7 @@ def test_nothing_is_trained_again_until_it_is_asked_for(swept):
     code, out, err = sweep("--multi_data", "--n_iters", "5")
     assert code == 1
     assert err.splitlines() == swept[2].splitlines()[-2:]
-    assert "syn/poor/full/seed1 is not started: failed: " in out
+    assert "syn/poor/full/seed1 not started: failed: " in out
     assert out.count("--retry_failed starts them again") == 1
     assert contents(Path("log/runs/syn/good")) == before
 

@@ -64,7 +64,7 @@ class Overview:
         self._n_failed += outcome.state in (State.FAILED, State.REFUSED)
         self._all.update()
         told = outcome.reason or (_result(job.folder) if outcome.state is State.FINISHED else "")
-        how = "stopped" if outcome.state is State.STARTED else outcome.state
+        how = "stopped" if outcome.state in (State.NEW, State.STARTED) else outcome.state
         say(f"{self._n_ended} of {self._n_runs}: {job.name} {how}{': ' if told else ''}{told}")
 
     def _free_position(self) -> int:

@@ -90,8 +90,7 @@ class RunProcess:
         if code in (PREEMPTED_EXIT_CODE, LOCKED_EXIT_CODE) or -code in _stop_signals():
             state, reason = folder_state(self.job.folder)
             if state is not State.FAILED:  # whoever failed meanwhile, it was not this process
-                reason = reason or "stopped before it began"
-                return Outcome(State.STARTED if state is State.NEW else state, reason)
+                return Outcome(state, "before it began" if state is State.NEW else reason)
         return Outcome(State.FAILED, read_failure(self.job.folder) or self._unexplained(code))
 
     def close(self) -> None:

@@ -108,7 +108,8 @@ class RayLauncher:
         try:
             state, reason = self._ray.get(reference)
             outcome = Outcome(State(state), reason)
-            if outcome.state is State.STARTED and not self._stopping:  # not by us; its machine is wanted back
+            # Not by us: its machine is wanted back.
+            if outcome.state in (State.NEW, State.STARTED) and not self._stopping:
                 outcome = self._lost(task, mark, "was told to stop")
         except errors.TaskCancelledError:  # while it waited; perhaps for another machine
             outcome = Outcome(State.STARTED, STOPPED) if task.started else None

@@ -31,9 +31,9 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
     starting = [planned.job for planned in plan if planned.starts]
     outcomes = {p.job.name: Outcome(p.state, p.reason) for p in plan}
     waiting = {job.name for job in starting}
-    for planned in plan:
-        if not planned.starts and planned.state is not State.FINISHED:
-            say(f"{planned.job.name} is not started: {planned.state}: {planned.reason}")
+    idle = [planned for planned in plan if not planned.starts and planned.state is not State.FINISHED]
+    for line in _by_reason([(planned.job, f"{planned.state}: {planned.reason}") for planned in idle], " not started"):
+        say(line)
     if leaves_failed(plan):
         say(RETRY_HINT)
     with stop_requests():
@@ -51,12 +51,13 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
                         _tolerantly(after_run, event.job)
         finally:
             overview.close()
-    stopped = waiting | {job.name for job in starting if outcomes[job.name].state is State.STARTED}
+    stopped = waiting | {job.name for job in starting if outcomes[job.name].state in (State.NEW, State.STARTED)}
     counts = Counter(outcome.state for outcome in outcomes.values())
     say(f"{len(plan)} runs: {', '.join(f'{counts[state]} {state}' for state in State if counts[state])}")
-    failed = [n for n, outcome in outcomes.items() if outcome.state in (State.FAILED, State.REFUSED)]
-    told = [f"{len(failed)} of {len(plan)} runs failed:", *(f"{name}: {outcomes[name].reason}" for name in failed)]
-    if any("--overwrite" in outcomes[name].reason for name in failed):
+    ended = [(planned.job, outcomes[planned.job.name]) for planned in plan]
+    failed = [(job, end.reason) for job, end in ended if end.state in (State.FAILED, State.REFUSED)]
+    told = [f"{len(failed)} of {len(plan)} runs failed:", *_by_reason(failed)]
+    if any("--overwrite" in reason for _, reason in failed):
         told.append(OVERWRITE_HINT)
     if stopped:
         lines = [f"stopped with {len(stopped)} of {len(plan)} runs to go; the same command again goes on"]
@@ -70,6 +71,20 @@ def carry_out(plan: Sequence[Planned], launcher: Launcher, after_run: Callable[[
         raise RunsLeft("\n".join((told if failed else []) + lines))
     if failed:
         raise RunsFailed("\n".join(told))
+
+
+def _by_reason(runs: Sequence[tuple[Job, str]], how: str = "") -> list[str]:
+    """Lines that give each run's reason; of runs with one reason, but for the folder in it, the names stand beneath."""
+    groups: dict[str, list[tuple[Job, str]]] = {}
+    for job, reason in runs:
+        groups.setdefault(reason.replace(str(job.folder), "(its folder)"), []).append((job, reason))
+    lines = []
+    for shared, group in groups.items():
+        if len(group) == 1:
+            lines.append(f"{group[0][0].name}{how}: {group[0][1]}")
+        else:
+            lines += [f"{len(group)} runs{how}: {shared}", *(f"  {job.name}" for job, _ in group)]
+    return lines
 
 
 def _in_good_hands(job: Job) -> bool:
