@@ -178,14 +178,16 @@ def planned_runs(arguments: Sequence[str], use_cuda: int, absent: list[str] | No
     if not datasets:
         return dataset_runs(arguments, use_cuda)
     one = ("--datasets", "None", "--multi_data", "--nerf_dataset")
-    plan, missing = [], []
+    plan, there, missing = [], [], []
     for name in datasets:
         try:
             plan += dataset_runs([*arguments, *one, name], use_cuda)
+            there.append(name)
         except SceneError as error:
             missing.append(str(error))
     if missing and absent is None:
-        raise SceneError("\n".join(missing))
+        hint = f"\nor name those you have: --datasets {','.join(there)}" if there else ""
+        raise SceneError("\n".join(missing) + hint)
     if absent is not None:
         absent += missing
     return plan

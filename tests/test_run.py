@@ -171,6 +171,14 @@ def test_several_data_sets_bring_their_own_settings(monkeypatch, trained, scenes
     assert {*trained.tables} == {"log/runs/syn", "log/runs/llff"}
 
 
+def test_an_absent_data_set_is_told_with_those_that_are_there(monkeypatch, trained, scenes, tmp_path, capsys):
+    (tmp_path / "data/nerf_llff_data").rmdir()
+    assert start(monkeypatch, "--datasets", "syn,llff,nsvf") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: data/nerf_llff_data is not there")
+    assert lines[1:] == ["or name those you have: --datasets syn,nsvf"]
+
+
 def test_a_runs_options_say_nothing_about_the_sweep_it_belongs_to(monkeypatch, trained, scenes):
     assert start(monkeypatch, "--multi_data", "--strategies", "egra,full", "--jobs", "2") == 0
     alone = run.planned_runs(["--config", "configs/lego.txt", "--strategy", "egra"], 0)[0]

@@ -57,6 +57,13 @@ def test_only_a_stopped_job_goes_back_into_the_queue(submit, tmp_path, code):
     assert done.stdout.splitlines() == told
 
 
+def test_outside_of_an_array_the_script_says_how_to_submit_it():
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    done = subprocess.run(["bash", str(SCRIPT)], env=outside, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode != 0, done.stdout) == (True, "")
+    assert "submit this with sbatch --array=0-7" in done.stderr
+
+
 def test_a_stepped_array_gets_all_parts(submit, tmp_path):
     program = executable(tmp_path / "python", '#!/bin/bash\necho "$*"\n')
     array = {"TASK_MIN": "0", "TASK_MAX": "6", "TASK_STEP": "2"}

@@ -5,7 +5,8 @@
 #
 # Submit it in the repository's folder; what follows the script's name goes to run.py (with several GPUs a job, give
 # --gpus all there). Two minutes before a job's time is up, Slurm sends USR1: its runs save a checkpoint, run.py ends
-# with 75, and the job goes back into the queue, to go on.
+# with 75, and the job goes back into the queue, to go on. NERF_PYTHON, set where you submit, is the Python that runs it
+# (default: .venv/bin/python).
 #SBATCH --job-name=nerf
 #SBATCH --array=0-3
 #SBATCH --time=12:00:00
@@ -18,6 +19,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%A_%a.out
 
+: "${SLURM_ARRAY_TASK_ID:?submit this with sbatch --array=0-7 (each job takes one of as many parts)}"
 python=${NERF_PYTHON:-.venv/bin/python}
 # Parts count from 0; the jobs of the array may have any consecutive or evenly stepped numbers.
 part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
