@@ -9,7 +9,6 @@ import argparse
 import copy
 import difflib
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -615,9 +614,6 @@ def _file_faults(values: dict[str, Any]):
         yield "ckpt", "there is no such file; checkpoints lie in the run's folder as ckpt_{iteration}.th"
     if values["lpips_weights"] is not None and not Path(values["lpips_weights"]).is_dir():
         yield "lpips_weights", "there is no such folder; give the one that holds the backbones' .pth files"
-    runs = Path(values["save_dir"])
-    if any(os.path.exists(folder) and not os.path.isdir(folder) for folder in (runs, *runs.parents)):
-        yield "save_dir", "is a file or lies below one; give a folder"
     exported = values["export_tensorf"]
     if exported is not None and (Path(exported).is_dir() or not Path(exported).absolute().parent.is_dir()):
         yield "export_tensorf", "is no file in a folder that exists; make the folder, or give another file"

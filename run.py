@@ -110,9 +110,13 @@ def run_several(runs: Sequence[Namespace], chosen: Namespace) -> None:
         print("\n".join(plan_lines(plan)))
         return
     from utils.reports import tell_comparison, update_tables
+    from utils.resources import folder_fault
     from utils.sweep import carry_out
 
     stop_if_asked()
+    fault = folder_fault(Path(chosen.save_dir))
+    if fault:  # once, not a run each
+        raise OptionError(f"--save_dir {chosen.save_dir}: {fault}; choose a folder that can be written")
     fresh: set[tuple[str, str]] = set()
 
     def update(job) -> None:

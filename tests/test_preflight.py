@@ -146,7 +146,7 @@ def test_check_only_looks_at_the_data_sets_that_are_there_and_names_all_that_are
     assert "syn/bad: good" in out
     assert len(re.findall(r"^(error: )?data/(Synthetic_NSVF|nerf_llff_data) is not there", err, re.M)) == 2
     code, _, sweep = start("--datasets", "nsvf,syn,llff", "--dry_run")
-    assert (code, sweep) == (2, err)
+    assert (code, sweep) == (2, err + "or name those you have: --datasets syn\n")
     assert "--demo" not in err
 
 

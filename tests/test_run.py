@@ -216,6 +216,14 @@ def test_tables_that_cannot_be_written_hide_no_failed_run_and_are_tried_again(
     assert ("drums/full/seed5: drums has no images" in err) is fails
 
 
+def test_a_sweep_into_a_file_is_refused_before_any_run(monkeypatch, trained, scenes, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert start(monkeypatch, "--multi_data", "--save_dir", "notes.txt/log") == 2
+    assert trained.runs == []
+    told = f"error: --save_dir notes.txt/log: {tmp_path / 'notes.txt'} is a file; choose a folder that can be written\n"
+    assert capsys.readouterr().err == told
+
+
 def test_the_demo_has_one_scene_even_with_multi_data(monkeypatch, trained, scenes):
     assert start(monkeypatch, "--demo", "--multi_data") == 0
     assert [options.nerf_scene for options in trained.runs] == ["shapes_160"]
