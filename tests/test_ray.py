@@ -280,8 +280,40 @@ def test_without_a_cluster_ray_stays_on_this_machine_and_has_no_dashboard(monkey
 def test_a_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr("utils.ray_launcher._import_ray", lambda: FakeRay([]))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(OptionError, match=r"RAY_ADDRESS=127\.0\.0\.1:9"):
+    with pytest.raises(OptionError, match=r"RAY_ADDRESS=127\.0\.0\.1:9.*the same token"):
         next(RayLauncher(["program"]).run([job(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("address", "token", "mode", "wanted"),
+    [
+        ("h:1", "file", None, "token"),
+        ("h:1", "elsewhere", None, "token"),
+        ("h:1", "variable", None, "token"),
+        ("h:1", "empty", None, None),
+        ("h:1", "none", None, None),
+        ("h:1", "file", "disabled", "disabled"),
+        ("", "file", None, None),
+    ],
+)
+def test_a_token_is_sent_to_the_cluster_that_is_named(monkeypatch, tmp_path, address, token, mode, wanted):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    if token == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    elif token == "elsewhere":
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+        (tmp_path / "other").write_text("secret")
+    elif token != "none":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("secret" if token == "file" else "")
+    _import_ray()
+    assert os.environ.get("RAY_AUTH_MODE") == wanted
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)  # set by the program, it would stay
 
 
 def test_ray_is_not_started_for_nothing(monkeypatch):

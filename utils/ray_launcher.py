@@ -36,6 +36,7 @@ PAUSE_SECONDS, PROBE_SECONDS = 0.5, 10.0
 # Outcomes are a few bytes; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
 ARGS = "args.json"
+TOKENS = "; all machines need the same token (~/.ray/auth_token) and RAY_AUTH_MODE, or neither"
 STOPPED = "stopped; goes on from its last checkpoint"
 
 
@@ -197,12 +198,22 @@ def _import_ray() -> ModuleType:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    elif _has_token():  # `ray start` asks for it by default, a program that names an address does not send it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         return importlib.import_module("ray")
     except ImportError:
         raise OptionError(
             f"--launcher ray needs the package ray: pip install ray=={RAY_VERSION}, or leave --launcher out"
         ) from None
+
+
+def _has_token() -> bool:
+    """Whether this user has a token for Ray's clusters, where Ray looks for one."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    with suppress(OSError):
+        return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).stat().st_size > 0
+    return False
 
 
 @contextmanager
@@ -214,9 +225,9 @@ def _connected(ray: ModuleType) -> Iterator[None]:
     try:
         _probe(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OptionError(f"--launcher ray: no connection to RAY_ADDRESS={address or '(none)'}: {reason}") from error
+    except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
+        reason = f"RAY_ADDRESS={address or '(none)'}: {' '.join(str(error).split())[:200]}{TOKENS if address else ''}"
+        raise OptionError(f"--launcher ray: no connection to {reason}") from error
     signal.signal(signal.SIGTERM, before)  # Ray takes it, but whoever called us has a use for it
     try:
         yield
