@@ -400,7 +400,7 @@ def test_a_checkpoint_that_is_no_regular_file_is_not_waited_for(tmp_path, what):
         path.mkdir()
     else:
         path.symlink_to(path if what == "loop" else "/dev/zero")
-    refused(path, "no such checkpoint")
+    refused(path, "is no file, so no checkpoint")
 
 
 @pytest.mark.parametrize(
