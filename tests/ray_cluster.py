@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -56,16 +56,19 @@ class Cluster:
 
     def runs_of(self, node) -> list[str]:
         """Names of the runs that a node carries out."""
-        words = [process.cmdline() for process in self.processes(node)]
+        words = []
+        for process in self.processes(node):
+            with suppress(psutil.NoSuchProcess):  # some live for a moment only
+                words.append(process.cmdline())
         return [line[line.index("--job") + 1] for line in words if "--job" in line]
 
     def kill(self, node) -> None:
         """End a node as a power cut would: no process of it has time for anything."""
         processes = self.processes(node)
-        for process in processes:
-            process.suspend()  # none may see another one die
-        for process in processes:
-            process.kill()
+        for act in (psutil.Process.suspend, psutil.Process.kill):  # none may see another one die
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    act(process)
 
 
 def outward_connections() -> list[str]:

@@ -69,7 +69,8 @@ def test_the_error_that_a_run_left_is_its_outcome_and_the_next_start_removes_it(
 
 def test_a_run_that_finished_as_the_signal_came_is_finished(tmp_path):
     one = job(tmp_path)
-    process = start_run(python(f"open({str(one.folder / 'results.json')!r}, 'w'); raise SystemExit(75)"), one, {})
+    written = f"open({str(one.folder / 'results.json')!r}, 'w').write('{{}}')"
+    process = start_run(python(f"{written}; raise SystemExit(75)"), one, {})
     assert end_of(process) == Outcome(State.FINISHED)
 
 
