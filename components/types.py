@@ -125,8 +125,7 @@ class Scene:
         xy = pixels.xy.detach()
         column = xy[:, 0].long().clamp_(0, self.width - 1)
         row = xy[:, 1].long().clamp_(0, self.height - 1)
-        index = (pixels.image_id * self.height + row) * self.width + column
-        return self.blend(self.images.flatten(0, 2).index_select(0, index))
+        return self.blend(self.images[pixels.image_id, row, column])  # seen flat, images that are no whole would be copied
 
     def image_rgb(self, index: int) -> Tensor:
         """Ground-truth rgb [H, W, 3] float32 of a whole image, blended as in `colors`."""
