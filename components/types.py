@@ -125,7 +125,8 @@ class Scene:
         xy = pixels.xy.detach()
         column = xy[:, 0].long().clamp_(0, self.width - 1)
         row = xy[:, 1].long().clamp_(0, self.height - 1)
-        return self.blend(self.images[pixels.image_id, row, column])  # seen flat, images that are no whole would be copied
+        # Not by one flat index: flattening images that are permuted in memory would copy all of them.
+        return self.blend(self.images[pixels.image_id, row, column])
 
     def image_rgb(self, index: int) -> Tensor:
         """Ground-truth rgb [H, W, 3] float32 of a whole image, blended as in `colors`."""
