@@ -7,6 +7,7 @@ and 45 to 50 density lookups a ray, as a lego field trained at 200x200 has.
 import torch
 
 from components.cameras import rays_of
+from components.regularisers import l1_norm
 from components.types import Rays, Scene
 from models import FieldConfig, build_field
 from models.field import Field
@@ -101,3 +102,10 @@ def after_mask(device: torch.device | str = "cpu", seed: int = 0) -> Field:
     field.to(device)
     field.select_kernels()
     return field
+
+
+def as_reference(field: Field) -> None:
+    """Lay a field's factors out in memory, and take their L1 norm, as the reference does: for the dense twin."""
+    for parameter in field.parameters():
+        parameter.data = parameter.data.contiguous()
+    field.density_l1 = lambda: l1_norm(*field.density_factors())

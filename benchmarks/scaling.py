@@ -57,8 +57,7 @@ def make_trainer(point: dict, device, memory):
     """A trainer with the point's scene, sampler and field, at learning rate 0."""
     import torch
 
-    from benchmarks.fields import after_mask, before_mask, shapes_scene
-    from components.regularisers import l1_norm
+    from benchmarks.fields import after_mask, as_reference, before_mask, shapes_scene
     from components.types import RenderOutput
     from models.growth import upsample
     from models.optimizers import BETAS, make_adam
@@ -76,15 +75,14 @@ def make_trainer(point: dict, device, memory):
     groups = field.param_groups(0.0, 0.0)
     trainer.sampler, trainer.optimizer = trainer.new_sampler(), make_adam(groups)
     if point["path"] == "twin":
-        for parameter in field.parameters():  # the reference's layout
-            parameter.data = parameter.data.contiguous()
+        as_reference(field)
         trainer.optimizer = torch.optim.Adam(groups, betas=BETAS)
 
         def render(*arguments):
             out = dense_render(field, *arguments)
             return RenderOutput(out.rgb, out.opacity, out.depth, out.n_density, out.n_colour)
 
-        field.render, field.density_l1 = render, lambda: l1_norm(*field.density_factors())
+        field.render = render
     return trainer
 
 

@@ -36,8 +36,7 @@ def variant_of(name: str, field_name: str, device):
     """(field, optimizer, render) of a variant, in a process that has chosen no kernels yet."""
     import torch
 
-    from benchmarks.fields import after_mask, before_mask
-    from components.regularisers import l1_norm
+    from benchmarks.fields import after_mask, as_reference, before_mask
     from models.kernels import Kernels, compiled, torch_lookups, torch_rendering
     from models.optimizers import BETAS, make_adam
     from tests.reference import dense_render
@@ -48,9 +47,7 @@ def variant_of(name: str, field_name: str, device):
         sys.modules["triton"] = None  # importing it fails
     field = (before_mask if field_name == "before" else after_mask)(device)
     if name == "twin":
-        for parameter in field.parameters():  # the reference's layout
-            parameter.data = parameter.data.contiguous()
-        field.density_l1 = lambda: l1_norm(*field.density_factors())
+        as_reference(field)
         optimizer = torch.optim.Adam(field.param_groups(0.02, 1e-3), betas=BETAS)
         return field, optimizer, lambda *arguments: dense_render(field, *arguments)
     if device.type == "cpu":

@@ -9,13 +9,16 @@
 inline float exp_of(float x) {
     x = x < -87 ? -87 : x;
     x = x > 88 ? 88 : x;
-    const float whole = (x * 1.44269504088896341f + 12582912.f) - 12582912.f;  // rounded
+    // 1.5 * 2^23: the sum is rounded, and its last bits are the whole number.
+    const float shifted = x * 1.44269504088896341f + 12582912.f, whole = shifted - 12582912.f;
     const float r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
     float y = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
     y = ((y * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1;
-    const int32_t exponent = (static_cast<int32_t>(whole) + 127) * (1 << 23);
+    uint32_t bits;  // without signs: NaN, whose bits mean nothing, must not overflow
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4b400000u + 127u) << 23;
     float power;
-    std::memcpy(&power, &exponent, 4);
+    std::memcpy(&power, &bits, 4);
     return y * power;
 }
 
