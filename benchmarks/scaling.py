@@ -1,6 +1,6 @@
 """How time and memory grow: of a training step with batch, number of images and grid; of a test view with its size.
 
-    python -m benchmarks.scaling                      # everything, less than 8 minutes on a CPU with 2 cores
+    python -m benchmarks.scaling                      # everything, 8 to 10 minutes on a CPU with 2 cores
     python -m benchmarks.scaling --only batch,grid    # some of it, to look at; writes nothing
     python -m benchmarks.scaling --quick              # a few points in under a minute; writes nothing
     python -m benchmarks.scaling --plot               # the figure again, from the JSON
