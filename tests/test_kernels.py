@@ -269,6 +269,21 @@ def test_results_of_several_threads_equal_those_of_one_and_each_other_to_the_bit
     assert_equal_up_to_rounding(several[0], one, torch.float32)
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 7])
+@pytest.mark.parametrize("crowded", [0.9, 1.0])
+def test_points_of_many_slices_that_crowd_in_one_row_are_shared_out_right(
+    compiled_only, n_threads, crowded, monkeypatch
+):
+    """More bands than rows that hold points, bands without any, points on borders of bands and of slices."""
+    monkeypatch.setattr(threads, "_taken", n_threads)
+    case = Case("VM", 21, 20_011, (5, 40, 33), (3, 4, 1))
+    chosen = torch.rand(len(case.xyz), generator=torch.Generator().manual_seed(0)) < crowded
+    case.xyz[chosen, 1:] = torch.tensor([0.31, -0.42])
+    # As nothing flows to a point with a weight of zero.
+    case.upstream[::3] = 0
+    check(case, torch.float32, compiled_lookups)
+
+
 @pytest.mark.parametrize("model", ["VM", "CP"])
 def test_more_points_than_single_precision_can_number_are_looked_up(compiled_only, model, monkeypatch):
     monkeypatch.setattr(compiled_lookups, "_CHUNK", 1 << 14)  # fewer calls than for the cache

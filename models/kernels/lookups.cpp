@@ -9,6 +9,9 @@
 // shares write to one place and every sum has one order for a given number of threads.
 #include "lookups.h"
 
+#include <memory>
+#include <utility>
+
 #include "denormals.h"
 #include "density.h"
 #include "shares.h"
@@ -17,104 +20,167 @@ namespace {
 
 constexpr int64_t POINTS = 1 << 11, RAYS = 1 << 6;  // of a share
 constexpr int64_t ALONE = 1 << 9;                   // points that are too few to share out
+constexpr int32_t PARTS = 2;                        // of a plane's rows or of the points, for each thread
 constexpr int64_t EVERY = 16;                       // so many points are looked at to share out a plane's rows
 
-// Rows 0..N-1 of an axis as borders of bands, one a thread, that hold about as many points each.
-std::vector<int64_t> bands(const float* xyz, int64_t n, int32_t axis, int32_t size, int32_t threads) {
-    std::vector<int64_t> counts(size, 0), borders{0};
-    int64_t total = 0, below = 0;
-    for (int64_t k = 0; k < n; k += EVERY, ++total) ++counts[along(xyz[3 * k + axis], size).index[0]];
-    for (int64_t row = 0; row < size; ++row) {
-        below += counts[row];
-        while (static_cast<int64_t>(borders.size()) < threads &&
-               below > static_cast<int64_t>(borders.size()) * total / threads)
-            borders.push_back(row + 1);
+// Rows of a plane's second axis v as bands, one a thread, and the points of each: those whose lower tap lies there, and
+// those that only reach into it with their upper one. Made once for all planes with that axis.
+class Bands {
+  public:
+    Bands(const float* points, int64_t n_points, int32_t axis, int32_t n_rows, int32_t n_bands)
+        : xyz(points), n(n_points), v(axis), size(n_rows), count(n_bands), band_of(n_rows), numbers(2 * n_points),
+          ends(slices() * n_bands) {
+        // About as many points for each; not all are looked at.
+        std::vector<int64_t> counts(size, 0);
+        int64_t total = 0, below = 0;
+        for (int64_t k = 0; k < n; k += EVERY, ++total) ++counts[along(xyz[3 * k + v], size).index[0]];
+        borders.push_back(0);
+        for (int32_t row = 0; row < size; ++row) {
+            band_of[row] = static_cast<int32_t>(borders.size()) - 1;
+            below += counts[row];
+            while (static_cast<int64_t>(borders.size()) < count &&
+                   below > static_cast<int64_t>(borders.size()) * total / count)
+                borders.push_back(row + 1);
+        }
+        borders.resize(count, size);
+        borders.push_back(size);
     }
-    borders.resize(threads, size);
-    borders.push_back(size);
-    return borders;
-}
 
-// Of points from `next` on, up to n, a block of those that reach into rows low..high-1 of axis v, with their numbers.
-struct Band {
-    const float* xyz;
-    int64_t n, low, high, next = 0, count = 0;
-    int64_t numbers[Block::SIZE];
-    float chosen[3 * Block::SIZE];
-    Block block;
+    int64_t slices() const { return (n + SLICE - 1) / SLICE; }
+    int64_t low(int64_t band) const { return borders[band]; }
+    int64_t high(int64_t band) const { return borders[band + 1]; }
 
-    // False when there are none left. Points that `skip(k)` says nothing flows to are left out.
+    // Sorts a slice of the points into bands; points that `skip(k)` says nothing flows to are left out.
     template <class Skip>
-    bool advance(int v, const int32_t* grid, const Skip& skip) {
-        for (count = 0; count == 0 && next < n;) {
-            const int64_t first = next, size = std::min(Block::SIZE, n - first);
-            block.fill(v, xyz + 3 * first, size, grid[v]);
-            next += size;
-            for (int64_t k = 0; k < size; ++k) {
-                numbers[count] = first + k;
-                count += (owns(k, v) | reaches(k, v)) & !skip(first + k);
+    void sort(int64_t slice, const Skip& skip) {
+        const int64_t first = slice * SLICE, total = std::min(SLICE, n - first);
+        std::vector<uint16_t> own(total), other(total);  // bands; `count` for none
+        std::vector<int32_t> at(count + 1, 0);
+        Block block;
+        for (int64_t start = 0; start < total; start += Block::SIZE) {
+            const int64_t some = std::min(Block::SIZE, total - start);
+            block.fill(v, xyz + 3 * (first + start), some, size);
+            for (int64_t k = 0; k < some; ++k) {
+                const int32_t lower = band_of[block.indices[v][0][k]], upper = band_of[block.indices[v][1][k]];
+                const bool none = skip(first + start + k), reaches = (upper != lower) & (block.shares[v][1][k] != 0);
+                own[start + k] = none ? count : lower;
+                other[start + k] = (!none & reaches) ? upper : count;
+                ++at[own[start + k]];
+                ++at[other[start + k]];
             }
         }
-        for (int64_t k = 0; k < count; ++k) std::copy_n(xyz + 3 * numbers[k], 3, chosen + 3 * k);
-        block.fill(chosen, count, grid);
-        return count > 0;
+        int32_t begin = 0;
+        for (int32_t band = 0; band < count; ++band) {
+            const int32_t many = at[band];
+            at[band] = begin;
+            begin += many;
+        }
+        at[count] = begin;  // those left out, which nobody reads
+        uint16_t* to = numbers.data() + 2 * first;
+        for (int64_t k = 0; k < total; ++k) {
+            to[at[own[k]]++] = static_cast<uint16_t>(k);
+            to[at[other[k]]++] = static_cast<uint16_t>(k);
+        }
+        std::copy_n(at.data(), count, ends.data() + slice * count);
     }
-    bool owns(int64_t k, int v) const { return (block.indices[v][0][k] >= low) & (block.indices[v][0][k] < high); }
-    bool reaches(int64_t k, int v) const {
-        return (block.indices[v][1][k] >= low) & (block.indices[v][1][k] < high) & (block.shares[v][1][k] != 0);
+
+    // Numbers of a slice's points in a band, counted from the slice's first; ascending.
+    std::pair<const uint16_t*, const uint16_t*> in(int64_t slice, int64_t band) const {
+        const uint16_t* from = numbers.data() + 2 * slice * SLICE;
+        const int32_t* end = ends.data() + slice * count;
+        return {from + (band == 0 ? 0 : end[band - 1]), from + end[band]};
     }
+
+    static constexpr int64_t SLICE = 1 << 13;  // points whose numbers take 16 bits
+    const float* const xyz;
+    const int64_t n;
+
+  private:
+    const int32_t v, size, count;
+    std::vector<int32_t> band_of;
+    std::vector<int64_t> borders;
+    std::vector<uint16_t, Aligned<uint16_t>> numbers;  // slice by slice, band by band
+    std::vector<int32_t> ends;                         // [slices, bands]
 };
 
 // Adds d loss / d plane for the plane's rows low..high-1, and d loss / d line [N, C] of the points whose lower tap lies
 // there to line_gradient. upstream [K, width], or [K] for summed products.
 template <bool SUM, class Channels>
-void scatter_plane(const float* xyz, int64_t n, const int32_t* grid, const Group& g, Channels channels, int64_t low,
-                   int64_t high, const float* upstream, int64_t width, float* line_gradient) {
+void scatter_block(const Block& block, const int64_t* numbers, int64_t n, const int32_t* grid, const Group& g,
+                   Channels channels, int64_t low, int64_t high, const float* upstream, int64_t width,
+                   float* line_gradient) {
     const Table plane = g.tables[0], line = g.tables[1];
     float* const plane_gradient = plane.gradient;
     const int v = plane.axes[1];
-    Band band{xyz, n, low, high};
-    while (band.advance(v, grid, [=](int64_t k) { return SUM && upstream[k] == 0; }))
-        for (int64_t k = 0; k < band.count; ++k) {
-            if (const int64_t later = k + AHEAD; later < band.count) {
-                const auto rows = plane_taps(plane, Place{band.block, later}, grid, channels);
-                fetch_rows<0>(plane.values, rows, channels);
-                fetch_rows<1>(plane_gradient, rows, channels);
-                for (int64_t c = 0; !SUM && c < channels; c += 16)
-                    __builtin_prefetch(upstream + band.numbers[later] * width + g.offset + c);
-            }
-            const float* up = SUM ? upstream + band.numbers[k] : upstream + band.numbers[k] * width + g.offset;
-            const auto a = plane_taps(plane, Place{band.block, k}, grid, channels);
-            const auto b = line_taps(line, Place{band.block, k}, channels);
-            // Taps of weight 0 are added too: it changes nothing, and a branch would cost more.
-            const auto spread = [&](auto owner, auto upper) {
-                over_channels(channels, [&](auto type, int64_t c) {
-                    using V = decltype(type);
-                    V u = V{} + up[0];
-                    if (!SUM) u = load<V>(up + c);
-                    const V through_line = u * value_at<V>(line, b, c);
-                    if (owner) {
-                        const V through_plane = u * value_at<V>(plane, a, c);
-                        add<V>(plane_gradient + a.row[0] + c, a.weight[0] * through_line);
-                        add<V>(plane_gradient + a.row[1] + c, a.weight[1] * through_line);
-                        add<V>(line_gradient + b.row[0] + c, b.weight[0] * through_plane);
-                        add<V>(line_gradient + b.row[1] + c, b.weight[1] * through_plane);
-                    }
-                    if (upper) {
-                        add<V>(plane_gradient + a.row[2] + c, a.weight[2] * through_line);
-                        add<V>(plane_gradient + a.row[3] + c, a.weight[3] * through_line);
-                    }
-                });
-            };
-            const bool owner = band.owns(k, v), upper = band.reaches(k, v);
-            if (owner & upper) {
-                spread(std::true_type{}, std::true_type{});
-            } else if (owner) {
-                spread(std::true_type{}, std::false_type{});
-            } else {
-                spread(std::false_type{}, std::true_type{});
+    const BlockTaps<4> planes(plane, block, n, grid);
+    const BlockTaps<2> lines(line, block, n, grid);
+    for (int64_t k = 0; k < n; ++k) {
+        if (const int64_t later = k + AHEAD; later < n) {
+            const auto rows = planes.at(later, channels);
+            fetch_rows<0>(plane.values, rows, channels);
+            fetch_rows<1>(plane_gradient, rows, channels);
+            for (int64_t c = 0; !SUM && c < channels; c += 16)
+                __builtin_prefetch(upstream + numbers[later] * width + g.offset + c);
+        }
+        const float* up = SUM ? upstream + numbers[k] : upstream + numbers[k] * width + g.offset;
+        const auto a = planes.at(k, channels);
+        const auto b = lines.at(k, channels);
+        // Taps of weight 0 are added too: it changes nothing, and a branch would cost more.
+        const auto spread = [&](auto owner, auto upper) {
+            over_channels(channels, [&](auto type, int64_t c) {
+                using V = decltype(type);
+                V u = V{} + up[0];
+                if (!SUM) u = load<V>(up + c);
+                const V through_line = u * value_at<V>(line, b, c);
+                if (owner) {
+                    const V through_plane = u * value_at<V>(plane, a, c);
+                    add<V>(plane_gradient + a.row[0] + c, a.weight[0] * through_line);
+                    add<V>(plane_gradient + a.row[1] + c, a.weight[1] * through_line);
+                    add<V>(line_gradient + b.row[0] + c, b.weight[0] * through_plane);
+                    add<V>(line_gradient + b.row[1] + c, b.weight[1] * through_plane);
+                }
+                if (upper) {
+                    add<V>(plane_gradient + a.row[2] + c, a.weight[2] * through_line);
+                    add<V>(plane_gradient + a.row[3] + c, a.weight[3] * through_line);
+                }
+            });
+        };
+        const int64_t lower = block.indices[v][0][k], next = block.indices[v][1][k];
+        const bool owner = (lower >= low) & (lower < high);
+        const bool upper = (next >= low) & (next < high) & (block.shares[v][1][k] != 0);
+        if (owner & upper) {
+            spread(std::true_type{}, std::true_type{});
+        } else if (owner) {
+            spread(std::true_type{}, std::false_type{});
+        } else {
+            spread(std::false_type{}, std::true_type{});
+        }
+    }
+}
+
+// The same of all points in a band.
+template <bool SUM>
+void scatter_plane(const Bands& bands, int64_t band, const int32_t* grid, const Group& g, const float* upstream,
+                   int64_t width, float* line_gradient) {
+    int64_t numbers[Block::SIZE];
+    float chosen[3 * Block::SIZE];
+    Block block;
+    with_channels(g.channels, [&](auto channels) {
+        for (int64_t slice = 0; slice < bands.slices(); ++slice) {
+            const int64_t first = slice * Bands::SLICE;
+            for (auto [next, end] = bands.in(slice, band); next < end;) {
+                const int64_t n = std::min<int64_t>(Block::SIZE, end - next);
+                for (int64_t k = 0; k < n; ++k) {
+                    numbers[k] = first + next[k];
+                    std::copy_n(bands.xyz + 3 * numbers[k], 3, chosen + 3 * k);
+                }
+                next += n;
+                block.fill(chosen, n, grid);
+                scatter_block<SUM>(block, numbers, n, grid, g, channels, bands.low(band), bands.high(band), upstream,
+                                   width, line_gradient);
             }
         }
+    });
 }
 
 // Adds d loss / d lines of points first..end-1 to three gradients, each [N of its axis, C].
@@ -233,25 +299,28 @@ int32_t weights_until_opaque(const float* xyz, const int32_t* grid, const Group*
 int32_t scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* groups, int32_t n_groups,
                 const float* upstream, int64_t width, int32_t sum, int32_t fresh, int32_t threads) try {
     if (n <= ALONE) threads = 1;
+    const int32_t parts = threads == 1 ? 1 : PARTS * threads;
     const auto rows = [&](const Table& table) {
         return static_cast<int64_t>(grid[table.axes[0]]) * (table.axes[1] < 0 ? 1 : grid[table.axes[1]]);
     };
-    // A share is a band of a plane's rows, or a part of the points; lines' sums are its own.
-    std::vector<std::vector<int64_t>> borders(n_groups);
-    for (int g = 0; g < n_groups; ++g) {
-        const int axis = groups[g].tables[0].axes[1];
-        if (axis >= 0) {
-            borders[g] = bands(xyz, n, axis, grid[axis], threads);
-        } else {
-            for (int part = 0; part <= threads; ++part) borders[g].push_back(n * part / threads);
+    std::vector<std::unique_ptr<Bands>> bands(3);  // by axis
+    std::vector<Bands*> sorted;
+    for (int g = 0; g < n_groups; ++g)
+        if (const int axis = groups[g].tables[0].axes[1]; axis >= 0 && !bands[axis]) {
+            bands[axis] = std::make_unique<Bands>(xyz, n, axis, grid[axis], parts);
+            sorted.push_back(bands[axis].get());
         }
-    }
-    std::vector<Floats> own(static_cast<size_t>(n_groups) * threads * 3);
-    const int32_t status = share_out(static_cast<int64_t>(n_groups) * threads, threads, [&](int64_t share, int32_t) {
+    const int64_t slices = (n + Bands::SLICE - 1) / Bands::SLICE;
+    int32_t status = share_out(slices * static_cast<int64_t>(sorted.size()), threads, [&](int64_t share, int32_t) {
+        sorted[share / slices]->sort(share % slices, [=](int64_t k) { return sum && upstream[k] == 0; });
+    });
+    if (status != GOOD) return status;
+    // A share is a band of a plane's rows, or a part of the points; lines' sums are its own.
+    std::vector<Floats> own(static_cast<size_t>(n_groups) * parts * 3);
+    status = share_out(static_cast<int64_t>(n_groups) * parts, threads, [&](int64_t share, int32_t) {
         const FlushDenormals flush;
-        const Group& group = groups[share / threads];
-        const auto& border = borders[share / threads];
-        const int64_t low = border[share % threads], high = border[share % threads + 1];
+        const Group& group = groups[share / parts];
+        const int64_t part = share % parts;
         const bool is_plane = group.tables[0].axes[1] >= 0;
         float* lines[3];
         for (int i = is_plane; i < (is_plane ? 2 : 3); ++i) {
@@ -259,22 +328,21 @@ int32_t scatter(const float* xyz, int64_t n, const int32_t* grid, const Group* g
             lines[i] = own[3 * share + i].data();
         }
         if (!is_plane) {
-            scatter_lines(xyz, grid, group, low, high, upstream, width, sum, lines);
+            scatter_lines(xyz, grid, group, n * part / parts, n * (part + 1) / parts, upstream, width, sum, lines);
             return;
         }
+        const Bands& rows_of = *bands[group.tables[0].axes[1]];
         const int64_t row = grid[group.tables[0].axes[0]] * group.channels;
-        if (fresh) std::fill(group.tables[0].gradient + low * row, group.tables[0].gradient + high * row, 0.f);
-        with_channels(group.channels, [&](auto channels) {
-            const auto scatter_kind = sum ? scatter_plane<true, decltype(channels)> : scatter_plane<false, decltype(channels)>;
-            scatter_kind(xyz, n, grid, group, channels, low, high, upstream, width, lines[1]);
-        });
+        float* gradient = group.tables[0].gradient;
+        if (fresh) std::fill(gradient + rows_of.low(part) * row, gradient + rows_of.high(part) * row, 0.f);
+        (sum ? scatter_plane<true> : scatter_plane<false>)(rows_of, part, grid, group, upstream, width, lines[1]);
     });
     if (status != GOOD) return status;
     for (int g = 0; g < n_groups; ++g)
         for (int i = 0; i < 3; ++i) {
             const Table& table = groups[g].tables[i];
-            for (int part = 0; part < threads; ++part) {
-                const auto& sums = own[3 * (static_cast<size_t>(g) * threads + part) + i];
+            for (int part = 0; part < parts; ++part) {
+                const auto& sums = own[3 * (static_cast<size_t>(g) * parts + part) + i];
                 if (part == 0 && fresh && !sums.empty()) std::fill_n(table.gradient, sums.size(), 0.f);
                 for (size_t at = 0; at < sums.size(); ++at) table.gradient[at] += sums[at];
             }

@@ -30,6 +30,7 @@ constexpr int WIDE = 16;
 constexpr int WIDE = 8;
 #endif
 typedef float Wide __attribute__((vector_size(4 * WIDE)));
+typedef int32_t WideBits __attribute__((vector_size(4 * WIDE)));
 typedef float V4 __attribute__((vector_size(16)));
 
 // By memcpy, which compilers turn into one unaligned move: channels begin anywhere.
@@ -40,8 +41,8 @@ inline V load(const float* from) {
     return value;
 }
 
-template <class V>
-inline void store(float* to, V value) {
+template <class V, class T>
+inline void store(T* to, V value) {
     std::memcpy(to, &value, sizeof(V));
 }
 
@@ -120,7 +121,8 @@ struct Point {
 
 constexpr int64_t AHEAD = 4;  // points
 
-// The same of up to SIZE points, which the compiler's vectoriser computes side by side.
+// The same of up to SIZE points, side by side. Written with vectors: of `along` the compiler would make stores under a
+// mask, which some CPUs take one by one.
 struct Block {
     static constexpr int64_t SIZE = 256;
     int32_t indices[3][2][SIZE];
@@ -129,28 +131,26 @@ struct Block {
     void fill(const float* xyz, int64_t n, const int32_t* grid) {
         for (int axis = 0; axis < 3; ++axis) fill(axis, xyz, n, grid[axis]);
     }
-    void fill(int axis, const float* xyz, int64_t n, int32_t size) {
-        int32_t *__restrict low = indices[axis][0], *__restrict high = indices[axis][1];
-        float *__restrict low_share = shares[axis][0], *__restrict high_share = shares[axis][1];
-        for (int64_t k = 0; k < n; ++k) {  // as `along`
-            const float position = ((xyz[3 * k + axis] + 1) / 2) * (size - 1);
-            const float lower = std::floor(position), upper_share = position - lower;
-            const bool low_in = (lower >= 0) & (lower < size), high_in = (lower >= -1) & (lower < size - 1);
-            const int32_t index = static_cast<int32_t>((low_in | high_in) ? lower : 0);
-            low[k] = low_in ? index : 0;
-            high[k] = high_in ? index + 1 : 0;
-            low_share[k] = low_in ? 1 - upper_share : 0;
-            high_share[k] = high_in ? upper_share : 0;
+    void fill(int axis, const float* xyz, int64_t n, int32_t points) {
+        const float size = static_cast<float>(points), last = static_cast<float>(points - 1);
+        float coordinates[SIZE];
+        for (int64_t k = 0; k < n; ++k) coordinates[k] = xyz[3 * k + axis];
+        for (int64_t k = n; k % WIDE != 0; ++k) coordinates[k] = 0;
+        for (int64_t k = 0; k < n; k += WIDE) {
+            const Wide position = ((load<Wide>(coordinates + k) + 1) / 2) * last;
+            // Of the lower point and of the upper one; false for NaN as well.
+            const WideBits low_in = (position >= 0) & (position < size);
+            const WideBits high_in = (position >= -1) & (position < last);
+            const Wide inside = (Wide)((WideBits)position & (low_in | high_in));
+            const WideBits whole = __builtin_convertvector(inside, WideBits);
+            const WideBits lower = whole + (inside < __builtin_convertvector(whole, Wide));  // a comparison's true is -1
+            const Wide upper_share = inside - __builtin_convertvector(lower, Wide);
+            store(indices[axis][0] + k, lower & low_in);
+            store(indices[axis][1] + k, (lower + 1) & high_in);
+            store(shares[axis][0] + k, (Wide)((WideBits)(1 - upper_share) & low_in));
+            store(shares[axis][1] + k, (Wide)((WideBits)upper_share & high_in));
         }
     }
-};
-
-// A point of a block.
-struct Place {
-    const Block& block;
-    int64_t k;
-    int64_t index(int axis, int i) const { return block.indices[axis][i][k]; }
-    float share(int axis, int i) const { return block.shares[axis][i][k]; }
 };
 
 template <int N>
@@ -159,14 +159,12 @@ struct Taps {
     float weight[N];
 };
 
-template <class At>
-inline Taps<2> line_taps(const Table& table, const At& at, int64_t channels) {
+inline Taps<2> line_taps(const Table& table, const Point& at, int64_t channels) {
     const int w = table.axes[0];
     return {{at.index(w, 0) * channels, at.index(w, 1) * channels}, {at.share(w, 0), at.share(w, 1)}};
 }
 
-template <class At>
-inline Taps<4> plane_taps(const Table& table, const At& at, const int32_t* grid, int64_t channels) {
+inline Taps<4> plane_taps(const Table& table, const Point& at, const int32_t* grid, int64_t channels) {
     const int u = table.axes[0], v = table.axes[1];
     Taps<4> taps;
     for (int j = 0; j < 2; ++j)
@@ -177,6 +175,35 @@ inline Taps<4> plane_taps(const Table& table, const At& at, const int32_t* grid,
     return taps;
 }
 
+// The taps of a block's points 0..n-1 in a table: the numbers of the rows and their weights.
+template <int N>
+struct BlockTaps {
+    int32_t rows[N][Block::SIZE];
+    float weights[N][Block::SIZE];
+
+    BlockTaps(const Table& table, const Block& block, int64_t n, const int32_t* grid) {
+        const int u = table.axes[0], v = table.axes[1];
+        for (int tap = 0; tap < N; ++tap)
+            for (int64_t k = 0; k < n; ++k) {
+                rows[tap][k] = block.indices[u][tap % 2][k];
+                weights[tap][k] = block.shares[u][tap % 2][k];
+                if (N == 4) {
+                    rows[tap][k] += block.indices[v][tap / 2][k] * grid[u];
+                    weights[tap][k] *= block.shares[v][tap / 2][k];
+                }
+            }
+    }
+    template <class Channels>
+    Taps<N> at(int64_t k, Channels channels) const {
+        Taps<N> taps;
+        for (int tap = 0; tap < N; ++tap) {
+            taps.row[tap] = rows[tap][k] * static_cast<int64_t>(channels);
+            taps.weight[tap] = weights[tap][k];
+        }
+        return taps;
+    }
+};
+
 template <class V, int N>
 inline V value_at(const Table& table, const Taps<N>& taps, int64_t c) {
     V sum = taps.weight[0] * load<V>(table.values + taps.row[0] + c);
@@ -184,23 +211,23 @@ inline V value_at(const Table& table, const Taps<N>& taps, int64_t c) {
     return sum;
 }
 
-// use(V product, c) for all channels of a group's product at a point.
-template <class At, class Channels, class Use>
-inline void product_of(const Group& g, const At& at, const int32_t* grid, Channels channels, const Use& use) {
-    const auto last = line_taps(g.tables[1], at, channels);
-    if (g.tables[0].axes[1] >= 0) {
-        const auto plane = plane_taps(g.tables[0], at, grid, channels);
-        over_channels(channels, [&](auto type, int64_t c) {
-            using V = decltype(type);
-            use(value_at<V>(g.tables[0], plane, c) * value_at<V>(g.tables[1], last, c), c);
-        });
-    } else {
-        const auto a = line_taps(g.tables[0], at, channels), b = line_taps(g.tables[2], at, channels);
-        over_channels(channels, [&](auto type, int64_t c) {
-            using V = decltype(type);
-            use(value_at<V>(g.tables[0], a, c) * value_at<V>(g.tables[1], last, c) * value_at<V>(g.tables[2], b, c), c);
-        });
-    }
+// use(V product, c) for all channels of a group's product, at a plane's and a line's taps, or those of three lines.
+template <class Channels, class Use>
+inline void product_of(const Group& g, const Taps<4>& plane, const Taps<2>& line, Channels channels, const Use& use) {
+    over_channels(channels, [&](auto type, int64_t c) {
+        using V = decltype(type);
+        use(value_at<V>(g.tables[0], plane, c) * value_at<V>(g.tables[1], line, c), c);
+    });
+}
+
+template <class Channels, class Use>
+inline void product_of(const Group& g, const Taps<2>* lines, Channels channels, const Use& use) {
+    over_channels(channels, [&](auto type, int64_t c) {
+        using V = decltype(type);
+        V product = value_at<V>(g.tables[0], lines[0], c);
+        for (int i = 1; i < 3; ++i) product *= value_at<V>(g.tables[i], lines[i], c);
+        use(product, c);
+    });
 }
 
 // Asks for the rows around a later point of a block: they come from far away, and a CPU looks only some points ahead.
@@ -214,18 +241,39 @@ inline void fetch_rows(const float* table, const Taps<4>& taps, int64_t channels
 template <class Use>
 inline void products_of(const Group& g, const Block& block, int64_t n, const int32_t* grid, const Use& use) {
     with_channels(g.channels, [&](auto channels) {
-        for (int64_t k = 0; k < n; ++k) {
-            if (g.tables[0].axes[1] >= 0 && k + AHEAD < n)
-                fetch_rows<0>(g.tables[0].values, plane_taps(g.tables[0], Place{block, k + AHEAD}, grid, channels), channels);
-            product_of(g, Place{block, k}, grid, channels, [&](auto product, int64_t c) { use(k, product, c); });
+        if (g.tables[0].axes[1] >= 0) {
+            const BlockTaps<4> plane(g.tables[0], block, n, grid);
+            const BlockTaps<2> line(g.tables[1], block, n, grid);
+            for (int64_t k = 0; k < n; ++k) {
+                if (k + AHEAD < n) fetch_rows<0>(g.tables[0].values, plane.at(k + AHEAD, channels), channels);
+                product_of(g, plane.at(k, channels), line.at(k, channels), channels,
+                           [&](auto product, int64_t c) { use(k, product, c); });
+            }
+        } else {
+            const BlockTaps<2> a(g.tables[0], block, n, grid), b(g.tables[1], block, n, grid);
+            const BlockTaps<2> c(g.tables[2], block, n, grid);
+            for (int64_t k = 0; k < n; ++k) {
+                const Taps<2> taps[3] = {a.at(k, channels), b.at(k, channels), c.at(k, channels)};
+                product_of(g, taps, channels, [&](auto product, int64_t c) { use(k, product, c); });
+            }
         }
     });
 }
 
 inline float summed_product(const Group* groups, int32_t n_groups, const Point& point, const int32_t* grid) {
     Sum sum;
-    for (int g = 0; g < n_groups; ++g)
-        product_of(groups[g], point, grid, groups[g].channels, [&](auto product, int64_t) { sum += product; });
+    for (int number = 0; number < n_groups; ++number) {
+        const Group& g = groups[number];
+        const auto add_up = [&](auto product, int64_t) { sum += product; };
+        Taps<2> lines[3];
+        for (int i = g.tables[0].axes[1] >= 0; i < (g.tables[0].axes[1] >= 0 ? 2 : 3); ++i)
+            lines[i] = line_taps(g.tables[i], point, g.channels);
+        if (g.tables[0].axes[1] >= 0) {
+            product_of(g, plane_taps(g.tables[0], point, grid, g.channels), lines[1], g.channels, add_up);
+        } else {
+            product_of(g, lines, g.channels, add_up);
+        }
+    }
     return sum.total();
 }
 

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "denormals.h"
+#include "density.h"
 #include "lookups.h"
 #include "shares.h"
 
@@ -47,26 +48,33 @@ inline V where(Bits mask, V value) { return (V)((Bits)value & mask); }
 template <int N, class Done>
 inline void block(const float* a, int64_t row, int64_t column, const float* b, int64_t b_row, int64_t i, int64_t j,
                   int64_t depth, const Done& done) {
-    V sum[N][2] = {};
+    V sum[N][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) sum[r][0] = sum[r][1] = V{};
     const float *left = a + i * row, *right = b + j;
     for (int64_t k = 0; k < depth; ++k, left += column, right += b_row) {
         const V first = at(right), second = at(right + LANES);
+#pragma GCC unroll 8  // or some sums would stay in memory
         for (int r = 0; r < N; ++r) {
             sum[r][0] += left[r * row] * first;
             sum[r][1] += left[r * row] * second;
         }
     }
-    for (int r = 0; r < N; ++r)
-        for (int h = 0; h < 2; ++h) done(i + r, j + h * LANES, sum[r][h]);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) {
+        done(i + r, j, sum[r][0]);
+        done(i + r, j + LANES, sum[r][1]);
+    }
 }
 
 template <class Done>
 inline void product(const float* a, int64_t row, int64_t column, const float* b, int64_t b_row, int64_t m, int64_t n,
                     int64_t depth, const Done& done) {
+    const int64_t lower = (m + ROWS - 1) / ROWS * ROWS - m;  // so many blocks have a row less
     for (int64_t j = 0; j < n; j += 2 * LANES) {
         int64_t i = 0;
-        for (; m - i > 8 || m - i == ROWS; i += ROWS) block<ROWS>(a, row, column, b, b_row, i, j, depth, done);
-        for (; i < m; i += 4) block<4>(a, row, column, b, b_row, i, j, depth, done);  // 4 or 8 that are left
+        for (; i < lower * (ROWS - 1); i += ROWS - 1) block<ROWS - 1>(a, row, column, b, b_row, i, j, depth, done);
+        for (; i < m; i += ROWS) block<ROWS>(a, row, column, b, b_row, i, j, depth, done);
     }
 }
 
@@ -133,16 +141,24 @@ struct Tile {
             }
         bool all_small = true;
         for (int i = 0; i < LANES; ++i) all_small &= small[i] != 0;
-        for (int64_t s = 0; s < n; ++s)
-            for (int64_t f = 0; f < c.frequencies; ++f) {
-                const float *from = &x[s * I], factor = std::ldexp(1.f, static_cast<int>(f));
+        for (int64_t s = 0; s < n; ++s) {
+            float factor = 1;
+            for (int64_t f = 0; f < c.frequencies; ++f, factor *= 2) {
+                const float* from = &x[s * I];
                 float *sines = &x[s * I + (1 + 2 * f) * X], *cosines = sines + X;
-                if (all_small) {
+                if (all_small && f % 2 == 1) {  // of twice the angle; not more often, or errors would double each time
+                    for (int64_t i = 0; i < X; i += LANES) {
+                        const V sine = at(sines - 2 * X + i), cosine = at(sines - X + i);
+                        store(sines + i, 2 * sine * cosine);
+                        store(cosines + i, 1 - 2 * sine * sine);
+                    }
+                } else if (all_small) {
                     for (int64_t i = 0; i < X; i += LANES) sine_cosine(at(from + i) * factor, sines + i, cosines + i);
                 } else {
                     for (int64_t i = 0; i < X; ++i) sines[i] = std::sin(from[i] * factor), cosines[i] = std::cos(from[i] * factor);
                 }
             }
+        }
     }
 
     // d loss / d the X inputs of a sample, from that of all I, in its place.
@@ -151,9 +167,10 @@ struct Tile {
         float* to = &to_x[s * I];
         for (int64_t i = 0; i < X; i += LANES) {
             V sum = at(to + i);
-            for (int64_t f = 0; f < c.frequencies; ++f) {
+            float factor = 1;
+            for (int64_t f = 0; f < c.frequencies; ++f, factor *= 2) {
                 const int64_t sine = (1 + 2 * f) * X + i, cosine = sine + X;
-                sum += std::ldexp(1.f, static_cast<int>(f)) * (at(to + sine) * at(row + cosine) - at(to + cosine) * at(row + sine));
+                sum += factor * (at(to + sine) * at(row + cosine) - at(to + cosine) * at(row + sine));
             }
             store(to + i, sum);
         }
@@ -204,12 +221,14 @@ void forward_share(Tile& tile, int64_t begin, int64_t end, int64_t kept, float* 
         float* two = keep ? second + from * H : tile.second.data();
         tile.hidden_layers(from, n, one, two);
         for (int64_t s = 0; keep && s < n; ++s) std::copy_n(&tile.x[s * I], X, inputs + (from + s) * X);
+        float out[3 * TILE];
         for (int64_t s = 0; s < n; ++s) {
             V sum[3] = {};
             for (int64_t k = 0; k < H; k += LANES)
                 for (int o = 0; o < 3; ++o) sum[o] += at(two + s * H + k) * at(c.w3 + o * H + k);
-            for (int o = 0; o < 3; ++o) rgb[(from + s) * 3 + o] = 1 / (1 + std::exp(-(c.b3[o] + total(sum[o]))));
+            for (int o = 0; o < 3; ++o) out[3 * s + o] = -(c.b3[o] + total(sum[o]));
         }
+        for (int64_t i = 0; i < 3 * n; ++i) rgb[3 * from + i] = 1 / (1 + exp_of(out[i]));
     }
 }
 
