@@ -125,8 +125,10 @@ class Scene:
         xy = pixels.xy.detach()
         column = xy[:, 0].long().clamp_(0, self.width - 1)
         row = xy[:, 1].long().clamp_(0, self.height - 1)
-        # Not by one flat index: flattening images that are permuted in memory would copy all of them.
-        return self.blend(self.images[pixels.image_id, row, column])
+        if not self.images.is_contiguous():  # by one flat index they would all be copied
+            return self.blend(self.images[pixels.image_id, row, column])
+        flat = (pixels.image_id * self.height + row) * self.width + column
+        return self.blend(self.images.view(self.n_pixels, -1).index_select(0, flat))
 
     def image_rgb(self, index: int) -> Tensor:
         """Ground-truth rgb [H, W, 3] float32 of a whole image, blended as in `colors`."""

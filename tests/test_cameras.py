@@ -169,6 +169,14 @@ def test_colours_are_those_of_the_pixel_under_a_position_and_of_the_nearest_one_
     assert torch.equal(colours, scene.images[1, rows, columns].float() / 255)
 
 
+def test_colours_are_the_same_however_the_images_lie_in_memory():
+    scene = small_scene(channels=4)
+    images = scene.images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not images.is_contiguous()
+    every = pixel_batch(torch.arange(scene.n_pixels), scene.height, scene.width)
+    assert torch.equal(replace(scene, images=images).colors(every), scene.colors(every))
+
+
 def test_colours_pass_no_gradient_to_positions():
     xy = torch.rand(4, 2).requires_grad_()
     assert not small_scene().colors(PixelBatch(torch.zeros(4, dtype=torch.int64), xy)).requires_grad
