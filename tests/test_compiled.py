@@ -54,6 +54,26 @@ def test_marching_keeps_exactly_the_definitions_samples(seed, masked, jittered, 
         assert torch.equal(getattr(ours, name), getattr(definition, name)), name
 
 
+def test_more_samples_than_single_precision_can_number_are_marched():
+    n_rays, n_samples = 32_320, 520
+    rays = random_rays(3, n_rays)
+    # As small as the origins and as long as the samples allow, so that each has all of them in the box.
+    rays = Rays(0.01 * rays.origins, rays.directions)
+    box = torch.tensor([[-9.0, -9.0, -9.0], [9.0, 9.0, 9.0]])
+    jitter = torch.rand(n_rays, 1, generator=torch.Generator().manual_seed(0))
+    given = (box, 0.1, 9.0, 0.01, n_samples)
+    whole = compiled_rendering.march_box(rays, *given, jitter, None)
+    assert len(whole) > 2**24 + 10_000
+    last = slice(n_rays - 100, None)
+    own = marching.march_box(Rays(rays.origins[last], rays.directions[last]), *given, jitter[last], None)
+    first = len(whole) - len(own)
+    assert first < 2**24
+    assert torch.equal(whole.ray[first:] - (n_rays - 100), own.ray)
+    assert torch.equal(whole.offsets[last][-100:] - first, own.offsets[1:])
+    for name in ("t", "delta", "position"):
+        assert torch.equal(getattr(whole, name)[first:], getattr(own, name)), name
+
+
 def test_no_rays_and_rays_that_miss_have_no_samples():
     nothing = Rays(torch.zeros(0, 3), torch.zeros(0, 3))
     away = Rays(torch.full((5, 3), 50.0), torch.tensor([[0.0, 0.0, 1.0]]).expand(5, 3))
@@ -244,6 +264,29 @@ def test_more_samples_than_a_block_change_nothing(monkeypatch):
         blocks = shaded(compiled_network.colours, 27, 2, 2, 64, 3333)
     for a, b in zip(blocks, whole, strict=True):
         close(a, b)
+
+
+def test_more_samples_than_single_precision_can_number_are_coloured(monkeypatch):
+    monkeypatch.setattr(compiled_network, "_BLOCK", 1 << 20)  # fewer calls than for the cache
+    n, generator = 2**24 + 600, torch.Generator().manual_seed(0)
+    # Some samples, and the last ones, whose numbers float32 cannot tell apart; gradients flow to these alone.
+    some = torch.cat([torch.arange(0, 2**24, 50_000), torch.arange(2**24 - 3, n)])
+    position = torch.rand(n, 3, generator=generator).mul_(2.2).sub_(1.1)
+    view, ray = torch.randn(n // 64 + 1, 3, generator=generator), torch.arange(n) // 64
+    upstream, results = torch.randn(len(some), 3, generator=generator), []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build_shading("MLP_Fea", 1, 0, 0, 0, 4)
+        leaves = [torch.randn(1, 1, size, 1).requires_grad_() for size in (4, 3, 5)] + [
+            torch.randn(1, 1).requires_grad_()
+        ]
+    for colours, chosen in ((compiled_network.colours, slice(None)), (defined, some)):
+        given = (module, [], leaves[:3], leaves[3], position[chosen], view, ray[chosen])
+        rgb = colours(*given)
+        rgb = rgb if len(rgb) == len(some) else rgb[some]
+        results.append([rgb, *torch.autograd.grad((rgb * upstream).sum(), [*leaves, *module.parameters()])])
+    for ours, definition in zip(*results, strict=True):
+        close(ours, definition)
 
 
 @pytest.mark.parametrize("kept", [0, 64, 1024, 3328])
