@@ -11,8 +11,8 @@ COMPARED = {
 }
 KEYS = ("n_iters", "rays_per_step", "live_samples_per_step", "step_memory_mb", "peak_memory_mb", "train_seconds")
 KEYS += ("psnr", "test_views")
-# Seconds that a shortened training may take at most, all in all.
-SHORT = 75.0
+# Seconds that a shortened training may take at most, all in all; views that it is scored on, or a few more.
+SHORT, SCORED = 75.0, 25
 
 
 def short_steps(training: dict, left: float) -> tuple[int, float]:
@@ -24,7 +24,10 @@ def short_steps(training: dict, left: float) -> tuple[int, float]:
     result = training.get("result", {})
     if not result.get("n_iters"):
         return 0, 0.0
-    seconds = min(left / len(COMPARED), SHORT) - (training["seconds"] - result["train_seconds"])
+    beside = training["seconds"] - result["train_seconds"]
+    if result.get("test_views", 0) > SCORED:
+        beside -= result["scoring_seconds"] * (1 - SCORED / result["test_views"])
+    seconds = min(left / len(COMPARED), SHORT) - beside
     # Steps before the mask are the slowest, and a shortened schedule has as many of them in proportion; a margin stays.
     steps = int(0.6 * seconds * result["n_iters"] / result["train_seconds"])
     return max(min(steps, 30_000) // 1000 * 1000, 0), seconds

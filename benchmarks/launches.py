@@ -46,7 +46,7 @@ def waits(trainer: Trainer, steps: int) -> dict[str, float]:
             step_through(trainer, steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    seen = [w for w in caught if "synchroniz" in str(w.message)]
+    seen = [w for w in caught if "called a synchronizing" in str(w.message)]
     lines = Counter(f"{os.path.relpath(w.filename, ROOT)}:{w.lineno}" for w in seen)
     return {line: count / steps for line, count in lines.most_common()}
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import train
@@ -36,8 +37,11 @@ def training(data_folder: str, device: str, seconds: float, more: list[str]) -> 
             argv += ["--data_folder", folder]
         argv += ["--save_dir", folder, "--device", device, "--vis_every", "1000000", "--progress_refresh_rate", "100"]
         options = parse_options([*argv, "--save_every", "1000000", *more])
+        started = time.perf_counter()
         results = train.run(options, stop_after=seconds)
+        took = time.perf_counter() - started
     whole = {"complete": results["n_iters"] == options.n_iters, "test_views": len(results["per_view"]["psnr"])}
+    whole["scoring_seconds"] = took - results["setup_seconds"] - results["train_seconds"]
     return {**{key: results[key] for key in KEYS}, **whole}
 
 

@@ -20,7 +20,7 @@ from models.kernels import compiled_network
 from models.shading import build_shading
 
 # Samples whose colours are computed at once: few on a CPU, whose cache they should fit; launches cost more on CUDA.
-_COLOUR_CHUNK, _OTHER_COLOUR_CHUNK = {"cpu": 1 << 10}, 1 << 18
+_COLOUR_CHUNK, _OTHER_COLOUR_CHUNK = {"cpu": 1 << 10}, 1 << 17
 
 
 def factor(values: Tensor) -> nn.Parameter:
@@ -170,7 +170,7 @@ class Field(nn.Module):
             return compiled_network.colours(self.renderModule, *given, ray)
         size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
         features = self.appearance_feature(position)
-        return in_chunks(self.renderModule, size, features, view[ray], position)
+        return in_chunks(self.renderModule, size, features, view.index_select(0, ray), position)
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:
         """u for `render`: one number a ray; in NDC one a sample number, shared by the step's rays."""

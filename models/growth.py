@@ -126,7 +126,7 @@ def rays_meet_box(field: Field, rays: Rays) -> Tensor:
 
 
 @torch.no_grad()
-def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None = None, chunk: int = 1 << 16) -> Tensor:
+def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None = None, chunk: int = 1 << 14) -> Tensor:
     """[M*H*W] bool: the scene's pixels whose rays meet the mask (or the box); a subset of `kept` if given."""
     result = torch.zeros(scene.n_pixels, dtype=torch.bool, device=scene.device)
     for start in range(0, scene.n_pixels, chunk):

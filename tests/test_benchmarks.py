@@ -91,7 +91,7 @@ def test_every_kernel_is_timed_forward_and_where_it_has_one_backward(field):
 # --- gpu-check, as far as it goes without a GPU ---
 def fake_parts(scene="lego", complete=True, seconds=100.0):
     trained = {"scene": scene, "complete": complete, "train_seconds": seconds, "psnr": 36.5, "peak_memory_mb": 1600.0}
-    trained |= {"test_views": 200, "n_iters": 30_000}
+    trained |= {"test_views": 200, "n_iters": 30_000, "scoring_seconds": 0.0}
     ratios = {"time_ratio_twin_over_packed": {"before": 9.0, "after": 7.9}}
     results = {"step": ratios, "launches": {"full": {"waits_per_step": 2.0}}, "training": trained}
     return {name: {"holds": True, "output": [], "seconds": seconds + 20, "result": r} for name, r in results.items()}
@@ -121,6 +121,10 @@ def test_shortened_trainings_fill_the_time_that_is_left_by_a_schedule_of_their_o
     assert gpu_comparison.short_steps(fake_parts()["training"], 60.0)[0] == 0
     assert gpu_comparison.short_steps(fake_parts()["training"], -5.0)[0] == 0
     assert gpu_comparison.short_steps(fake_parts(seconds=10.0)["training"], 1e4)[0] == 30_000
+    # 90 s beside 100 s, 80 of them for 200 views, of which 25 are enough.
+    many = fake_parts()["training"] | {"seconds": 190.0}
+    many["result"] |= {"test_views": 200, "scoring_seconds": 80.0}
+    assert gpu_comparison.short_steps(many, 120.0) == (3000, 20.0)
     assert gpu_comparison.short_steps({"holds": False, "error": "exit code 1"}, 1e4)[0] == 0
     argv = gpu_comparison.schedule(3000)
     assert argv == [
@@ -184,7 +188,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(monkeypatch, tmp_path,
     assert code == 1
     short = [f"short: {name}" for name in gpu_comparison.COMPARED]
     assert list(report["parts"]) == [
-        *("tests", "kernels", "step", "launches", "training"),
+        *("training", "tests", "kernels", "step", "launches"),
         *(*short, "compute-sanitizer"),
     ]
     assert all("no time left" in report["parts"][name]["skipped"] for name in short)
@@ -236,13 +240,16 @@ def test_the_default_check_compares_trainings_of_the_same_steps_and_sanitizes_a_
     assert shared[0] == shared[1] == shared[2]
     assert int(shared[0][shared[0].index("--n_iters") + 1]) >= 1000
     assert [row["schedule"] for row in report["comparison"]] == ["whole", *["short"] * 3]
-    assert commands[-1][0] == "/usr/bin/compute-sanitizer"
+    assert commands[-1][2] == "/usr/bin/compute-sanitizer"
     assert report["targets"][-1]["verdict"] == "met"
     late = {"holds": False, "error": "took longer than 90 s", "output": []}
     monkeypatch.setattr(gpu_check, "call", lambda command, seconds: late)
     assert gpu_check.sanitize(False, 90.0)["skipped"] == "took longer than 90 s"
     assert not gpu_check.sanitize(True, 90.0)["holds"]
     assert gpu_check.sanitize(False, 20.0)["skipped"] == "no time left"
+    unseen = {"holds": False, "error": "exit code 1", "output": ["========= Error: Device not supported"]}
+    monkeypatch.setattr(gpu_check, "call", lambda command, seconds: unseen)
+    assert gpu_check.sanitize(True, 90.0)["holds"]
 
 
 def test_a_part_is_called_in_a_process_of_its_own_and_killed_when_its_time_is_up():
@@ -254,6 +261,23 @@ def test_a_part_is_called_in_a_process_of_its_own_and_killed_when_its_time_is_up
     late = gpu_check.call([*python, "import time; print('a', flush=True); time.sleep(60)"], 1.0)
     assert (late["holds"], late["error"], late["output"]) == (False, "took longer than 1 s", ["a"])
     assert late["seconds"] < 30
+
+
+def test_parts_for_which_no_time_is_left_are_said_and_are_no_failure(monkeypatch, tmp_path):
+    commands = answered(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu_check, "DEADLINE", 10.0)
+    code, report = run_check(monkeypatch, tmp_path)
+    assert code == 0
+    assert len(commands) == 1  # full lego, which comes first
+    assert all("no time left" in part["skipped"] for name, part in report["parts"].items() if name in ("tests", "step"))
+
+
+def test_missing_packages_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "PACKAGES", ("torch", "no_such_package"))
+    assert gpu_check.main(["--out", str(tmp_path / "check.json")]) == 2
+    assert "lacks no_such_package: pip install -r requirements.txt" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_gpu_nothing_is_written(monkeypatch, tmp_path):

@@ -103,7 +103,7 @@ def test_a_step_waits_for_its_numbers_of_live_and_of_coloured_samples_alone(mode
                 optimizer.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     assert len(waits) == 2, waits
 
 

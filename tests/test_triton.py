@@ -17,7 +17,7 @@ from components.marching import Samples
 from components.regularisers import build_regularisers
 from components.types import Rays
 from models import kernels
-from models.kernels import gather_lookups, torch_lookups, torch_rendering
+from models.kernels import foreach_l1, gather_lookups, torch_lookups, torch_rendering
 from tests.helpers import ROOT, Waits, exact_products, random_field, random_rays
 from tests.test_kernels import Case, assert_equal_up_to_rounding, assert_refuses_second_gradients
 
@@ -92,7 +92,7 @@ def test_values_and_gradients_equal_the_definition(model, n_points, grid, counts
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
-@pytest.mark.parametrize("seed", range(6) if ON_CUDA else range(1))
+@pytest.mark.parametrize("seed", range(2) if ON_CUDA else range(1))
 def test_values_and_gradients_equal_the_definition_for_random_shapes(model, seed):
     rng = random.Random(seed)
     grid = tuple(rng.choice([2, rng.randint(2, 400)]) for _ in range(3))
@@ -485,7 +485,7 @@ def test_cuda_takes_triton_where_it_runs():
     kernels._triton.cache_clear()
     chosen = kernels.select(torch.device("cuda"))
     fused = triton_evaluation.weights_until_opaque
-    assert chosen == kernels.Kernels("cuda-triton", triton_lookups, triton_rendering, fused)
+    assert chosen == kernels.Kernels("cuda-triton", triton_lookups, triton_rendering, fused, foreach_l1.l1_norm)
     assert kernels.select(torch.device("cpu")).name != "cuda-triton"
 
 
@@ -513,8 +513,9 @@ def test_where_triton_cannot_launch_torch_serves(monkeypatch, capsys):
 # --- compiled ahead of time, in a process whose Triton does not interpret ---
 @pytest.mark.skipif(ON_CUDA, reason="all of them were compiled for this GPU")
 def test_every_kernel_compiles_for_gpus_and_marching_fuses_nothing(tmp_path):
+    # For newer ones see test_triton_compiles.py.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.compile_triton", "80", "90"]
+    command = [sys.executable, "-m", "tests.compile_triton", "80"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2 * 21
+    assert done.stdout.count("compiled") == 21

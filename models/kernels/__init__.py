@@ -9,7 +9,6 @@ in `select`.
 
 import functools
 import importlib
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,7 +17,14 @@ import torch
 from torch import Tensor
 
 from components import regularisers
-from models.kernels import compiled_l1, compiled_lookups, compiled_rendering, gather_lookups, torch_rendering
+from models.kernels import (
+    compiled_l1,
+    compiled_lookups,
+    compiled_rendering,
+    foreach_l1,
+    gather_lookups,
+    torch_rendering,
+)
 from models.kernels.compiled import libraries
 from utils.console import say
 
@@ -42,7 +48,7 @@ def select(device: torch.device) -> Kernels:
         fused = (compiled_lookups.weights_until_opaque, compiled_l1.l1_norm)
         return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, *fused)
     if device.type == "cuda" and (modules := _triton()) is not None:
-        return Kernels("cuda-triton", *modules[:2], modules[2].weights_until_opaque)
+        return Kernels("cuda-triton", *modules[:2], modules[2].weights_until_opaque, foreach_l1.l1_norm)
     return Kernels("torch-gather", gather_lookups, torch_rendering)
 
 
@@ -55,7 +61,7 @@ def _triton() -> tuple[ModuleType, ModuleType, ModuleType] | None:
     try:
         importlib.import_module("triton")
         importlib.import_module("models.kernels.triton_common").launch_once()
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except Exception as error:  # Triton's own errors have no common ancestor but this
         reason = " ".join(str(error).split())[:200]
         say(f"Triton's kernels cannot be used ({reason}): torch's serve, more slowly and with more memory")
         return None

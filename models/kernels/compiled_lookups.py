@@ -175,9 +175,10 @@ def weights_until_opaque(
         features = gather_lookups.cp_density(lines, samples.position) if features is None else features
         return torch_rendering.ray_weights(features, samples, activation, shift, scale)
     factors = [factor.detach().contiguous(memory_format=torch.channels_last) for factor in factors]
-    ours, weights = Factors(axes, factors), torch.empty_like(samples.t)
+    position, delta, offsets = (x.contiguous() for x in (samples.position, samples.delta, samples.offsets))
+    ours, weights = Factors(axes, factors), torch.empty_like(delta)
     _library().weights_until_opaque(
-        *(_at(samples.position), ours.grid, ours.groups, len(ours.groups), _at(samples.delta), _at(samples.offsets)),
+        *(_at(position), ours.grid, ours.groups, len(ours.groups), _at(delta), _at(offsets)),
         *(ctypes.c_int64(samples.n_rays), activation == "softplus", *map(ctypes.c_float, (shift, scale, _OPAQUE))),
         *(_at(weights), threads.count()),
     )

@@ -64,7 +64,10 @@ def march_box(
     mask: AlphaMask | None = None,
 ) -> Samples:
     """See components.marching.march_box."""
-    if any(x is not None and x.dtype != torch.float32 for x in (rays.origins, rays.directions, aabb, jitter)):
+    floats = (rays.origins, rays.directions, aabb, jitter)
+    # A mask of another kind knows no cells; those of a mask are numbered with 32 bits.
+    foreign = mask is not None and not (isinstance(mask, AlphaMask) and mask.cells.numel() < 2**31)
+    if foreign or any(x is not None and x.dtype != torch.float32 for x in floats):
         return torch_rendering.march_box(rays, aabb, near, far, step, n_samples, jitter, mask)
     t_enter, t_exit = box_intersection(rays, aabb)
     t_enter = t_enter.clamp(near, far)
@@ -91,15 +94,17 @@ def march_box(
         _library().march_fill(*given, _at(ray), _at(t), _at(delta), _at(position), threads.count())
     if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
         # t grows with the entry; what a sample's number adds to it is fixed.
-        t = t + (t_enter - t_enter.detach())[ray]
-        position = normalise(rays.origins[ray] + rays.directions[ray] * t[:, None], aabb)
+        t = t + (t_enter - t_enter.detach()).index_select(0, ray)
+        origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
+        position = normalise(origins + directions * t[:, None], aabb)
     return Samples(ray, t, delta, position, offsets)
 
 
 def _mask(mask: AlphaMask | None) -> _Mask:
     ours = _Mask()
     if mask is not None:
-        ours.cells = mask.cells.data_ptr()
+        ours.alive = mask.cells.contiguous()
+        ours.cells = ours.alive.data_ptr()
         ours.size[:] = mask.grid_size
         ours.low[:] = mask.aabb[0].tolist()
         ours.scale[:] = mask.scale.tolist()
@@ -143,7 +148,7 @@ def ray_weights(feature: Tensor, samples: Samples, activation: str, shift: float
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights: Tensor, colour: Tensor, coloured: Tensor, t: Tensor, offsets: Tensor):
-        weights, colour, t = weights.contiguous(), colour.contiguous(), t.contiguous()
+        weights, colour, t, coloured = (x.contiguous() for x in (weights, colour, t, coloured))
         n_rays = len(offsets) - 1
         rgb, opacity, distance = torch.empty(n_rays, 3), torch.empty(n_rays), torch.empty(n_rays)
         given = (_at(weights), _at(t), _at(offsets), _at(coloured), ctypes.c_int64(len(coloured)), _at(colour))

@@ -430,6 +430,13 @@ class Call:
         return gradient
 
 
+def _zeros_like(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros as the factors lie in memory, filled by one launch; each begins as far on as vectors want it."""
+    sizes = [-(-factor.numel() // 64) * 64 for factor in factors]
+    parts = factors[0].new_zeros(sum(sizes)).split(sizes)
+    return [part.as_strided(factor.shape, factor.stride()) for part, factor in zip(parts, factors, strict=True)]
+
+
 class _Products(torch.autograd.Function):
     """Products of lookups, summed to [K], or times the basis [F, width] to [K, F]; see gather_lookups._Products."""
 
@@ -449,7 +456,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         xyz, basis, *factors = ctx.saved_tensors
-        gradients = [torch.zeros_like(factor, memory_format=torch.channels_last) for factor in factors]
+        gradients = _zeros_like(factors)
         call, summed = Call(factors), basis is None
         basis_grad, position_grads = None if summed else torch.zeros_like(basis), []
         grad = grad.contiguous()

@@ -164,8 +164,9 @@ def march_box(
             _fill[(len(rays),)](ray, t, delta, position, box_scale, offsets, n_samples, *arguments, **options)
     if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
         # The same values; t moves as its ray's t_enter does.
-        t = t + (t_enter - t_enter.detach())[ray]
-        position = normalise(rays.origins[ray] + rays.directions[ray] * t[:, None], aabb)
+        t = t + (t_enter - t_enter.detach()).index_select(0, ray)
+        origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
+        position = normalise(origins + directions * t[:, None], aabb)
     return Samples(ray, t, delta, position, offsets)
 
 
