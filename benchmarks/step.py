@@ -11,8 +11,9 @@ process's peak memory includes all that ran in it before. They alternate, so tha
 This step draws no rays: the four samplers' phase is timed in the trainer's own step (benchmarks/scaling.py, after the
 mask); drawing from full-size images, and building a sampler, by benchmarks/samplers.py.
 
-Writes benchmarks/results/step_{device}.json; the last line is `twin/fast before-mask R1 after-mask R2`, the ratios of
-the median step times.
+Writes benchmarks/results/step_{device}.json: on a CPU only of the whole measurement, all variants with 4096 rays, which
+the README shows; on CUDA always (benchmarks/gpu_check.py reads it), save with --quick. The last line is
+`twin/fast before-mask R1 after-mask R2`, the ratios of the median step times.
 """
 
 import argparse
@@ -30,6 +31,7 @@ VARIANTS = ("packed", "bf16", "torch", "definition", "twin")
 COMPARED = ("packed", "twin")
 FIELDS = ("before", "after")
 PHASES = ("step", "forward", "backward", "optimizer")
+RAYS = 4096
 
 
 def variant_of(name: str, field_name: str, device):
@@ -190,10 +192,10 @@ def measure_samplers(n_rays: int, device_name: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="packed and twin, few repetitions, no JSON")
-    parser.add_argument("--rays", type=int, default=4096)
+    parser.add_argument("--rays", type=int, default=RAYS, help="others than 4096: no JSON on a CPU")
     parser.add_argument("--repeats", type=int, default=8, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes a variant")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="some variants, with commas, and no samplers")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="some variants: no samplers, no JSON on a CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--field", choices=FIELDS, help=argparse.SUPPRESS)
@@ -217,8 +219,11 @@ def main() -> None:
     ratios = compare(results)
     print_results(results, ratios)
     samplers = measure_samplers(options.rays, options.device) if variants == VARIANTS else []
-    if not options.quick:
-        device = torch.device(options.device)
+    device = torch.device(options.device)
+    whole = variants == VARIANTS and options.rays == RAYS
+    if options.quick or (device.type == "cpu" and not whole):
+        print("no JSON was written: this is not the whole measurement")
+    else:
         report = {
             "device": device_name(device),
             "torch": torch.__version__,

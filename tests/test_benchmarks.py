@@ -56,10 +56,13 @@ def test_the_step_report_its_last_line_and_its_table_hold_all_variants_and_sampl
     monkeypatch.setattr(step, "ROOT", tmp_path)
     monkeypatch.setattr(step, "measure_in_fresh_process", invented_step)
     monkeypatch.setattr(scaling, "measure_in_fresh_process", lambda p, *_: {**invented(p), "rays_per_step": p["rays"]})
-    monkeypatch.setattr("sys.argv", ["step", "--quick"])
-    step.main()
-    assert capsys.readouterr().out.splitlines()[-1] == "twin/fast before-mask 5.00 after-mask 5.00"
-    assert not list((tmp_path / "benchmarks").iterdir())
+    for part in (["--quick"], ["--only", "packed,twin"], ["--rays", "64"]):  # none of them is what the README shows
+        monkeypatch.setattr("sys.argv", ["step", *part])
+        step.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == "twin/fast before-mask 5.00 after-mask 5.00"
+        assert "no JSON was written: this is not the whole measurement" in lines
+        assert not list((tmp_path / "benchmarks").iterdir())
     monkeypatch.setattr("sys.argv", ["step", "--rounds", "2"])
     step.main()
     report = json.loads((tmp_path / "benchmarks" / "results" / "step_cpu.json").read_text())
