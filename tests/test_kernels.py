@@ -1,6 +1,10 @@
 """Every backend against torch_lookups, the definition: values, gradients, borders, chunks, threads, determinism."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,8 +322,25 @@ def test_without_a_compiler_torchs_lookups_serve_and_one_line_says_so(monkeypatc
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     assert select(torch.device("cpu")).lookups is gather_lookups
     assert select(torch.device("cpu")).name == "torch-gather"
-    assert capsys.readouterr().out.count("no-such-compiler") == 1
+    out = capsys.readouterr().out
+    assert out.count("no-such-compiler") == 1
+    assert out.endswith("6 to 15 times slower; install g++ or clang++\n")
     compiled.libraries.cache_clear()
+
+
+def test_without_a_cache_that_can_be_written_one_folder_serves_a_process_and_goes_with_it(tmp_path):
+    (tmp_path / "cache").write_text("a file in its place")
+    (tmp_path / "temporary").mkdir()
+    places = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "temporary")}
+    code = "from models.kernels.compiled import _cache_folder as f; (f() / 'a.so').touch(); print(f(), *f().iterdir())"
+    command, root = [sys.executable, "-c", code], Path(compiled.__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | places, capture_output=True, text=True, check=True)
+    told, found = done.stdout.splitlines()
+    assert "cache/expansive-supervision cannot be written" in told
+    assert "XDG_CACHE_HOME" in told
+    folder, library = map(Path, found.split())
+    assert (folder.parent, library) == (tmp_path / "temporary", folder / "a.so")
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_failing_compiler_is_reported_and_leaves_nothing_behind(monkeypatch, capsys, tmp_path):

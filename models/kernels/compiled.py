@@ -4,6 +4,7 @@ A library is plain C called through ctypes, so building it needs a compiler (c++
 or Python; it is kept in the user's cache folder and built again when its source, compiler or CPU is another one.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -46,7 +47,10 @@ def libraries() -> dict[str, ctypes.CDLL] | None:
         return {name: _Library(str(_built(name))) for name in OWN_FLAGS}
     except (OSError, subprocess.SubprocessError) as error:
         reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
-        say(f"the CPU kernels could not be compiled ({reason}): torch's own operations serve, several times slower")
+        say(
+            f"the CPU kernels could not be compiled ({reason}): torch's own operations serve, 6 to 15 times slower; "
+            "install g++ or clang++"
+        )
         return None
 
 
@@ -61,7 +65,7 @@ def _built(name: str) -> Path:
     identity = "\n".join([*text, version, " ".join(flags), _cpu()])
     path = _cache_folder() / f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        say(f"compiling the CPU's {name} (once, some seconds)")
+        say(f"compiling the CPU's {name} into {path.parent} (some seconds)")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
             command = [compiler, *flags, str(source), "-o", str(built)]
@@ -78,13 +82,25 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    """A folder for the library: the user's cache, or a temporary one if that cannot be written."""
+    """A folder for the libraries: the user's cache, or a temporary one if that cannot be written."""
+    where = "the user's cache folder"
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "expansive-supervision"
+        where = folder = base / "expansive-supervision"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):  # a home that is read-only, not there or unknown
         pass
-    return Path(tempfile.mkdtemp(prefix="expansive-supervision-"))
+    return _temporary_folder(str(where))
+
+
+@functools.cache
+def _temporary_folder(instead_of: str) -> Path:
+    """A folder of this process, which goes with it; a line says so."""
+    say(
+        f"{instead_of} cannot be written: every run compiles the CPU kernels anew; set XDG_CACHE_HOME to another folder"
+    )
+    folder = tempfile.mkdtemp(prefix="expansive-supervision-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
