@@ -11,6 +11,7 @@ sample stands for them.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.fields import after_mask, before_mask, camera_rays
+from benchmarks.script import exit_code, positive
 from components.grids import training_samples
 from models import kernels
 from models.field import Field
 from models.kernels import gather_lookups, torch_rendering
+from utils.device import choose_device
 
 FIELDS = {"before": before_mask, "after": after_mask}
 WARM_UP = 3
@@ -131,10 +134,10 @@ def measure(field_name: str, device: torch.device, n_rays: int, repeats: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rays", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rays", type=positive, default=4096)
+    parser.add_argument("--repeats", type=positive, default=30)
     options = parser.parse_args()
-    device, report = torch.device(options.device), {}
+    device, report = choose_device(options.device), {}
     for field_name in FIELDS:
         report[field_name] = measure(field_name, device, options.rays, options.repeats)
         print(f"| {field_name} mask | backend | forward ms | GB/s | backward ms | GB/s |")
@@ -147,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

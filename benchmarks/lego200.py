@@ -30,13 +30,14 @@ KEYS += "colour_samples_per_step stages peak_memory_mb static_memory_mb step_mem
 
 
 def main() -> None:
+    from benchmarks.script import positive
     from opt import parse_options
-    from run import train_isolated
+    from run import check_ready, train_isolated
     from utils.run_folder import read_json, run_folder
     from utils.variants import parse_variants
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--strategies", default="full")
     parser.add_argument("--save_dir", default=None, help="where to keep the runs; default: a temporary folder")
     parser.add_argument("--prefix", default="lego200", help="of the JSON files' names; another one keeps these")
@@ -49,6 +50,7 @@ def main() -> None:
             o = parse_options([*argv, *variant.arguments, "--tag", variant.tag])
             folder = run_folder(o.save_dir, o.up_folder_name, o.nerf_dataset, o.nerf_scene, o.tag, o.seed)
             if not (folder / "results.json").exists():
+                check_ready(o)
                 train_isolated(o)
             runs.append(read_json(folder / "results.json"))
         write_report(variant.tag, runs, own.prefix)
@@ -77,4 +79,6 @@ def write_report(tag: str, runs: list[dict], prefix: str = "lego200") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.script import exit_code
+
+    sys.exit(exit_code(main))

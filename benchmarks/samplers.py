@@ -9,7 +9,6 @@ the run's options (for example --nerf_scene, --batch_size, --device).
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -82,6 +81,7 @@ def _wait(device) -> None:
 
 
 def main() -> None:
+    from benchmarks.script import result_of
     from samplers import SAMPLERS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,12 +92,8 @@ def main() -> None:
         return
     results = []
     for strategy in SAMPLERS:
-        command = [sys.executable, str(Path(__file__).resolve()), "--only", strategy, *rest]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{strategy} failed:\n{done.stderr}")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        r = results[-1]
+        r = result_of([str(Path(__file__).resolve()), "--only", strategy, *rest], strategy)
+        results.append(r)
         print(
             f"{strategy}: built in {r['build_seconds']:.1f} s, keeps {r['kept_mb']:.0f} MB, draws {r['rays']} of "
             f"{r['pixels']} pixels in {r['draw_ms']:.2f} ms, weighs and updates in {r['weigh_and_update_ms']:.2f} ms"
@@ -110,4 +106,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.script import exit_code
+
+    sys.exit(exit_code(main))

@@ -15,12 +15,12 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 # size: width and height of the images, pixels; grid: points an axis; a "step" of the axis resolution is a test view.
 BASE = {"path": "packed", "field": "after", "strategy": "full", "rays": 4096, "images": 100, "size": 400, "grid": 128}
@@ -136,12 +136,10 @@ def measure(point: dict, device_name: str, seconds: float = 1.0) -> dict:
 
 def measure_in_fresh_process(point: dict, device_name: str, seconds: float = 1.0) -> dict:
     """The same in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.scaling", "--point", json.dumps(point), "--device", device_name]
-    command += ["--seconds", str(seconds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{point} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    from benchmarks.script import result_of
+
+    command = [str(Path(__file__).resolve()), "--point", json.dumps(point), "--device", device_name]
+    return result_of([*command, "--seconds", str(seconds)], str(point))
 
 
 def main() -> None:
@@ -149,7 +147,7 @@ def main() -> None:
 
     from benchmarks.scaling_figure import figure
     from utils.device import device_name
-    from utils.run_folder import git_commit
+    from utils.run_folder import git_commit, read_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -167,7 +165,7 @@ def main() -> None:
     if unknown := set(only) - set(VARIES):
         parser.error(f"--only {','.join(sorted(unknown))}: choose among {','.join(VARIES)}")
     if options.plot:
-        report = json.loads(path.read_text())
+        report = read_json(path)
     else:
         values = {axis: numbers for axis, numbers in (QUICK if options.quick else VALUES).items() if axis in only}
         chosen, results = points(values, TWIN_MOST[options.device]), []
@@ -189,4 +187,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.script import exit_code
+
+    sys.exit(exit_code(main))

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -69,13 +68,12 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     from components.grids import training_samples
     from components.regularisers import L1Density
     from models.kernels import threads
+    from utils.device import choose_device
     from utils.memory import MemoryMeter, tensors_mb
     from utils.seeds import make_generator
     from utils.timing import PhaseTimer
 
-    device, twin = torch.device(device_name), variant == "twin"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as train.py; all sides
+    device, twin = choose_device(device_name), variant == "twin"
     field, optimizer, render = variant_of(variant, field_name, device)
     rays = camera_rays(n_rays, 0, device)
     target = torch.rand(n_rays, 3, generator=torch.Generator().manual_seed(3)).to(device)
@@ -126,12 +124,11 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
 
 def measure_in_fresh_process(variant: str, field_name: str, options: argparse.Namespace) -> dict:
     """The same in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--field", field_name]
+    from benchmarks.script import result_of
+
+    command = [str(Path(__file__).resolve()), "--variant", variant, "--field", field_name]
     command += ["--rays", str(options.rays), "--repeats", str(options.repeats), "--device", options.device]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{variant} {field_name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return result_of(command, f"{variant} {field_name}")
 
 
 def merge(runs: list[dict]) -> dict:
@@ -190,11 +187,13 @@ def measure_samplers(n_rays: int, device_name: str) -> list[dict]:
 
 
 def main() -> None:
+    from benchmarks.script import positive
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="packed and twin, few repetitions, no JSON")
-    parser.add_argument("--rays", type=int, default=RAYS, help="others than 4096: no JSON on a CPU")
-    parser.add_argument("--repeats", type=int, default=8, help="timed steps a process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a variant")
+    parser.add_argument("--rays", type=positive, default=RAYS, help="others than 4096: no JSON on a CPU")
+    parser.add_argument("--repeats", type=positive, default=8, help="timed steps a process")
+    parser.add_argument("--rounds", type=positive, default=3, help="processes a variant")
     parser.add_argument("--only", default=",".join(VARIANTS), help="some variants: no samplers, no JSON on a CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -210,16 +209,16 @@ def main() -> None:
         options.repeats, options.rounds, variants = 3, 1, COMPARED
     import torch
 
-    from utils.device import device_name
+    from utils.device import choose_device, device_name
     from utils.run_folder import git_commit
 
+    device = choose_device(options.device)
     cases = [(variant, field) for field in FIELDS for variant in variants]
     rounds = [[measure_in_fresh_process(*case, options) for case in cases] for _ in range(options.rounds)]
     results = [merge(list(runs)) for runs in zip(*rounds, strict=True)]
     ratios = compare(results)
     print_results(results, ratios)
     samplers = measure_samplers(options.rays, options.device) if variants == VARIANTS else []
-    device = torch.device(options.device)
     whole = variants == VARIANTS and options.rays == RAYS
     if options.quick or (device.type == "cpu" and not whole):
         print("no JSON was written: this is not the whole measurement")
@@ -242,4 +241,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.script import exit_code
+
+    sys.exit(exit_code(main))

@@ -86,4 +86,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.script import exit_code
+
+    sys.exit(exit_code(main))

@@ -9,11 +9,13 @@ the demo scene. The last line is JSON.
 import argparse
 import json
 import math
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import train
+from benchmarks.script import exit_code
 from opt import parse_options
 
 KEYS = ["dataset", "scene", "strategy", "n_iters", "batch_size", "rays_per_step", "psnr", "ssim", "train_seconds"]
@@ -56,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

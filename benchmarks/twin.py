@@ -15,6 +15,7 @@ import torch
 
 import train
 from benchmarks.lego200 import write_report
+from benchmarks.script import exit_code
 from components.regularisers import l1_norm
 from models import optimizers
 from models.field import Field
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

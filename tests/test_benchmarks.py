@@ -1,6 +1,7 @@
 """The benchmarks' fields do the work they claim, and the README's tables are those of the committed JSON."""
 
 import json
+import runpy
 import sys
 from argparse import Namespace
 
@@ -8,12 +9,13 @@ import cv2
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_comparison, kernels, readme_tables, scaling, step, training
+from benchmarks import gpu_check, gpu_comparison, kernels, readme_tables, scaling, script, step, training
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
 from benchmarks.step import FIELDS, VARIANTS, measure
 from tests.helpers import GOLDEN
+from utils.errors import RunsFailed
 from utils.memory import MemoryMeter
 
 
@@ -89,6 +91,51 @@ def test_every_kernel_is_timed_forward_and_where_it_has_one_backward(field):
         for times in backends.values():
             assert min(times.values()) > 0
             assert ("backward_ms" in times) == (name not in ("march", "until_opaque"))
+
+
+# --- what a user can mend ---
+@pytest.mark.parametrize(
+    ("name", "argv", "line"),
+    [
+        ("kernels", [], "--device cuda: this machine has 0 CUDA devices; try --device auto"),
+        ("kernels", ["--device", "gpu"], "--device gpu: write auto, cpu, cuda or cuda:N"),
+        ("step", ["--device", "cuda", "--quick"], "--device cuda: this machine has 0 CUDA devices; try --device auto"),
+        ("training", ["--device", "cuda:1"], "--device cuda:1: this machine has 0 CUDA devices; try --device auto"),
+        ("step_memory", ["nope"], "cannot read nope/args.json (No such file or directory): check the folder and its"),
+        ("samplers", ["--data_folder", "nope"], "nope/nerf_synthetic/lego: scene folder is missing"),
+        ("lego200", ["--n_iter", "5"], "command line: n_iter: is no option: did you mean n_iters?"),
+        ("twin", ["--n_iter", "5"], "command line: n_iter: is no option: did you mean n_iters?"),
+    ],
+)
+def test_a_benchmark_answers_a_users_mistake_with_one_line(name, argv, line, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("sys.argv", [name, *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert line in err
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "1.5", "many"])
+def test_a_number_of_rays_is_a_whole_number_from_1_on(number, monkeypatch, capsys):
+    for main in (step.main, kernels.main):
+        monkeypatch.setattr("sys.argv", ["benchmark", f"--rays={number}", "--device", "cpu"])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert f"argument --rays: {number} is no whole number from 1 on" in capsys.readouterr().err
+
+
+def test_runs_that_failed_and_a_process_that_broke_say_why(capsys):
+    def fail():
+        raise RunsFailed("1 of 3 runs failed:\nlego: no space")
+
+    assert script.exit_code(fail) == 1
+    assert capsys.readouterr().err == "1 of 3 runs failed:\nlego: no space\n"
+    with pytest.raises(SystemExit, match=r"(?s)packed failed:\n.*ZeroDivisionError"):
+        script.result_of(["-c", "1 / 0"], "packed")
 
 
 # --- gpu-check, as far as it goes without a GPU ---

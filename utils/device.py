@@ -17,7 +17,10 @@ def choose_device(name: str) -> torch.device:
             _tell_cpu()
             return torch.device("cpu")
         name = f"cuda:{torch.cuda.current_device()}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device {name}: write auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto"
