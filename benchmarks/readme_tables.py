@@ -5,6 +5,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -266,6 +267,12 @@ def with_tables(text: str) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,14 @@
 """lego200 trained by the dense twin in the renderer's place: what the same mathematics takes without packed samples.
 
-    python -m benchmarks.twin --data_folder data --seed 0 --save_dir logtwin
+    python -m benchmarks.twin --data_folder data --save_dir logtwin
 
-One run with strategy full, by tests/reference.py's rendering, torch's Adam and all of torch's threads; everything else,
-and the evaluations, are the trainer's own. Minutes on a CPU. Writes
+One run of seed 0 (or another --seed) with strategy full, by tests/reference.py's rendering, torch's Adam and all of
+torch's threads; everything else, and the evaluations, are the trainer's own. Minutes on a CPU. Writes
 benchmarks/results/speed_lego200_dense-twin_cpu.json.
 Options it does not know go to the run.
 """
 
+import argparse
 import contextlib
 import sys
 
@@ -51,7 +52,12 @@ def put_twin_in_place() -> None:
 
 
 def main() -> None:
-    options = parse_options(["--config", "configs/lego200.txt", *sys.argv[1:], "--strategy", "full", "--tag", TAG])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _, rest = parser.parse_known_args()
+    argv = ["--config", "configs/lego200.txt", "--seed", "0", *rest]
+    options = parse_options([*argv, "--strategy", "full", "--tag", TAG])
     put_twin_in_place()
     results = train.run(options) | {"kernels": "dense twin"}
     write_report(TAG, [results], prefix="speed_lego200")

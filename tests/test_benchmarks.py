@@ -9,7 +9,7 @@ import cv2
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_comparison, kernels, readme_tables, scaling, script, step, training
+from benchmarks import gpu_check, gpu_comparison, kernels, readme_tables, scaling, script, step, training, twin
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
@@ -117,6 +117,29 @@ def test_a_benchmark_answers_a_users_mistake_with_one_line(name, argv, line, mon
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert line in err
+
+
+@pytest.mark.parametrize("name", ["twin", "readme_tables"])
+def test_a_benchmarks_help_is_its_own_and_all_it_does(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    before = (ROOT / "README.md").stat().st_mtime_ns
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert f"python -m benchmarks.{name}" in capsys.readouterr().out
+    assert (ROOT / "README.md").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("argv", "seed"), [([], 0), (["--seed", "3"], 3)])
+def test_the_twin_trains_seed_0_as_the_committed_row_does_unless_told_otherwise(argv, seed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(twin, "put_twin_in_place", lambda: None)
+    monkeypatch.setattr(twin, "write_report", lambda *_, **__: None)
+    monkeypatch.setattr(twin.train, "run", lambda options: asked.append(options) or {})
+    monkeypatch.setattr("sys.argv", ["twin", *argv])
+    twin.main()
+    assert [(o.seed, o.strategy, o.n_iters) for o in asked] == [(seed, "full", 1500)]
+    committed = json.loads((RESULTS / "speed_lego200_dense-twin_cpu.json").read_text())
+    assert [run["seed"] for run in committed["runs"]] == [0]
 
 
 @pytest.mark.parametrize("number", ["0", "-3", "1.5", "many"])
