@@ -686,8 +686,9 @@ class Trainer:
             self.lock.check()
         write_json_atomic(self.folder / "results.json", results)
         say(
-            f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB, training took "
-            f"{eta_text(self.train_seconds)}, peak memory {results['peak_memory_mb']:.0f} MB; see overview.png there"
+            f"{self.folder}: test PSNR {means['psnr'] or results['psnr_5view']:.2f} dB over {len(psnr)} of "
+            f"{test.n_images} views, training took {eta_text(self.train_seconds)}, peak memory "
+            f"{results['peak_memory_mb']:.0f} MB; see overview.png there"
         )
         if failure is not None:
             raise failure

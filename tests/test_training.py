@@ -146,17 +146,19 @@ def test_a_run_leaves_what_the_readme_promises(data_folder, tmp_path):
     assert train.run(again)["psnr"] == pytest.approx(results["psnr"], abs=1e-4)
 
 
-def test_a_second_start_of_a_finished_run_changes_nothing_and_other_settings_are_refused(data_folder, tmp_path):
+def test_a_second_start_of_a_finished_run_changes_nothing_and_other_settings_are_refused(data_folder, tmp_path, capsys):
     o = options(data_folder, tmp_path, "syn")
     train.run(o)
+    assert "dB over 3 of 3 views, training took" in capsys.readouterr().out
     folder = run_folder(o)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     train.run(o)
     with pytest.raises(RunFolderError, match=r"lr_init: 0\.05 -> 0\.02"):
         train.run(options(data_folder, tmp_path, "syn", "TensorVMSplit", "--lr_init", "0.02"))
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    overwritten = options(data_folder, tmp_path, "syn", "TensorVMSplit", "--lr_init", "0.02", "--overwrite")
-    assert train.run(overwritten)["n_iters"] == STEPS
+    more = ["--lr_init", "0.02", "--overwrite", "--test_every", "2"]
+    assert train.run(options(data_folder, tmp_path, "syn", "TensorVMSplit", *more))["n_iters"] == STEPS
+    assert "dB over 2 of 3 views, training took" in capsys.readouterr().out
     assert json.loads((folder / "args.json").read_text())["lr_init"] == 0.02
 
 
