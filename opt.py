@@ -477,6 +477,10 @@ def _unknown_remedy(name: str, value: str) -> str:
         return f"is TensoRF's name; here it is nerf_dataset = {ours or '(one of ' + DATASET.metavar[1:-1] + ')'}"
     if name in ("expname", "basedir"):
         return f"is TensoRF's name; here it is {'tag' if name == 'expname' else 'save_dir'} = {value}"
+    if name == "use_cuda":
+        return (
+            f"is an argument of the functions in run.py; here it is device = cuda:{value if value.isdecimal() else 0}"
+        )
     if name in WITHOUT_EFFECT:
         return "has no effect here; delete it"
     return f"is no option{_suggestion(name, list(BY_NAME)) or '; run.py --help lists them all'}"

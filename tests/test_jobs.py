@@ -207,8 +207,9 @@ def test_gpus_are_those_the_scheduler_gave(machine):
 @pytest.mark.parametrize(("gpus", "n_devices"), [("all", 0), ("0", 0), ("0,2", 2)])
 def test_a_gpu_that_is_not_there_is_refused(machine, gpus, n_devices):
     machine(cores=4)
-    with pytest.raises(OptionError, match=f"--gpus {gpus}: this machine has {n_devices} CUDA devices"):
+    with pytest.raises(OptionError, match=f"--gpus {gpus}: this machine has {n_devices} CUDA devices") as refused:
         local_slots(gpus, 1, n_devices)
+    assert ("name those there are" in str(refused.value)) == (n_devices > 0)
 
 
 def test_a_gpu_that_is_named_twice_is_refused(machine):

@@ -192,6 +192,7 @@ def test_unknown_options_are_refused_with_the_closest_name(write):
     assert refusal(*LEGO, "--config", path) == f"{path}: n_iter: is no option: did you mean n_iters?"
     assert refusal(*LEGO, "--batchsize", "5") == "command line: batchsize: is no option: did you mean batch_size?"
     assert "--help" in refusal(*LEGO, "--xyzzy")
+    assert refusal(*LEGO, "--use_cuda", "1").endswith("in run.py; here it is device = cuda:1")
 
 
 def test_options_cannot_be_abbreviated():

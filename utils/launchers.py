@@ -101,8 +101,9 @@ def _gpu_names(gpus: str, n_devices: int) -> list[str]:
         raise OptionError(f"--gpus {gpus}: names a device twice; each takes one run at a time")
     absent = [number for number in wanted if number >= len(names)]
     if absent or not names:
+        remedy = ", counted from 0; name those there are, or" if names else ";"
         raise OptionError(
-            f"--gpus {gpus}: this machine has {len(names)} CUDA devices, counted from 0; name those there are, or "
-            "give --jobs N for N runs at once without them"
+            f"--gpus {gpus}: this machine has {len(names)} CUDA devices{remedy} give --jobs N for N runs at once "
+            "without them"
         )
     return [names[number].strip() for number in wanted]
