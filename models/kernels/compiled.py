@@ -48,7 +48,7 @@ def libraries() -> dict[str, ctypes.CDLL] | None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
         say(
-            f"the CPU kernels could not be compiled ({reason}): torch's own operations serve, 6 to 15 times slower; "
+            f"the CPU kernels could not be compiled ({reason}): torch's own operations serve, 7 to 25 times slower; "
             "install g++ or clang++"
         )
         return None
