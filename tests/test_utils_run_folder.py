@@ -209,6 +209,9 @@ def test_the_commit_is_that_of_the_repository_of_the_code_and_tells_modified_fil
     code = tmp_path / "repo" / "utils" / "run_folder.py"
     code.parent.mkdir(parents=True)
     code.write_text("a = 1\n")
+    figures = tmp_path / "repo" / "benchmarks" / "results" / "step.json"
+    figures.parent.mkdir(parents=True)
+    figures.write_text("{}\n")
     monkeypatch.setattr(module, "__file__", str(code))
     assert git_commit() == "unknown"
     git(tmp_path / "repo", "init", "-q")
@@ -217,6 +220,7 @@ def test_the_commit_is_that_of_the_repository_of_the_code_and_tells_modified_fil
     git(tmp_path / "repo", "commit", "-q", "-m", "first")
     commit = git(tmp_path / "repo", "rev-parse", "HEAD").strip()
     (tmp_path / "repo" / "untracked").write_text("")
+    figures.write_text('{"ms": 1}\n')  # a measurement's result, which changes no other
     assert git_commit() == commit[:12]
     code.write_text("a = 2\n")
     assert git_commit() == commit[:12] + "-dirty"

@@ -238,7 +238,9 @@ def json_value(value: Any) -> Any:
 
 
 def git_commit() -> str:
-    """Commit of the repository that this code lies in, `-dirty` if tracked files are modified; 'unknown' without."""
+    """Commit of the repository that this code lies in, `-dirty` if tracked files are modified; 'unknown' without.
+
+    Not those in benchmarks/results: measurements write them one after another, and nothing is computed from them."""
     root = Path(__file__).resolve().parents[1]
     # Without the variables a calling git hook sets, which would point to another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -252,6 +254,7 @@ def git_commit() -> str:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return "unknown"
         commit = git("rev-parse", "--short=12", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        modified = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return commit + ("-dirty" if modified else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
