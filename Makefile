@@ -22,8 +22,8 @@ test-ray: $(VENV)/ready
 fuzz: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_inputs $(FUZZ)
 
-# On a CUDA machine, in under 10 minutes: the tests marked cuda, kernels and a step timed beside their twins, as much of a
-# full lego training as fits, and in the time left half the rays beside it and compute-sanitizer. Writes
+# On a CUDA machine, in under 10 minutes: as much of a full lego training as fits, the tests marked cuda, kernels and a step
+# timed beside their twins, and in the time left half the rays beside it and compute-sanitizer. Writes
 # benchmarks/results/gpu_check.json. GPU_PYTHON=... uses a Python that has torch already; GPU_CHECK="--full" does all of
 # it as a whole, without a limit of time.
 GPU_PYTHON ?= $(BIN)/python
