@@ -41,8 +41,8 @@ MINIMUM_RATIO, MOST_WAITS = 8.0, 2.0
 LEAST_PSNR, MOST_SECONDS, MOST_MB = 36.4, 120.0, 1536.0
 
 
-# What the parts import beside torch and what it brings.
-PACKAGES = ("configargparse", "cv2", "imageio", "kornia", "lpips", "numpy", "plyfile", "pytest", "tensorboard", "tqdm")
+# What the parts import beside torch and what it brings; without lpips its metric is n/a.
+PACKAGES = ("configargparse", "cv2", "imageio", "kornia", "numpy", "plyfile", "psutil", "pytest", "tensorboard", "tqdm")
 
 
 def missing_packages() -> list[str]:
