@@ -19,6 +19,8 @@ class AlphaMask(nn.Module):
         """volume: [Nz, Ny, Nx] bool; aabb: [2, 3], world units."""
         super().__init__()
         self.register_buffer("aabb", aabb.detach().clone())
+        # [3]: world units to the box's [-1, 1].
+        self.register_buffer("scale", 1.0 / (self.aabb[1] - self.aabb[0]) * 2, persistent=False)
         self.register_buffer("cells", _corner_bits(volume))
         self.register_buffer("allowed", _allowed_corners().to(volume.device))
         self.register_buffer("size", torch.tensor(self.grid_size, device=volume.device))
@@ -33,11 +35,6 @@ class AlphaMask(nn.Module):
         """(Nx, Ny, Nz)."""
         z, y, x = (n - 1 for n in self.cells.shape)
         return x, y, z
-
-    @property
-    def scale(self) -> Tensor:
-        """[3]: world units to the box's [-1, 1]."""
-        return 1.0 / (self.aabb[1] - self.aabb[0]) * 2
 
     @torch.no_grad()
     def occupied(self, xyz: Tensor) -> Tensor:

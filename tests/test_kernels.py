@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.kernels import compiled, compiled_lookups, gather_lookups, select, threads, torch_lookups
+from components.marching import Samples
+from models.kernels import compiled, compiled_lookups, gather_lookups, select, threads, torch_lookups, torch_rendering
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 
 DTYPES = [torch.float32, torch.float64]
@@ -271,6 +272,26 @@ def test_results_of_several_threads_equal_those_of_one_and_each_other_to_the_bit
     for repeated in several[1:]:
         assert all(torch.equal(a, b) for a, b in zip(several[0], repeated, strict=True))
     assert_equal_up_to_rounding(several[0], one, torch.float32)
+
+
+@pytest.mark.parametrize("model", ["VM", "CP"])
+@pytest.mark.parametrize("seed", range(6))
+def test_weights_until_opaque_equal_the_definitions_for_random_shapes(compiled_only, model, seed):
+    rng = random.Random(seed)
+    grid = tuple(rng.choice([2, 3, rng.randint(2, 400)]) for _ in range(3))
+    counts = tuple(rng.choice([1, 2, rng.randint(1, 96)]) for _ in range(3))
+    lengths = torch.tensor([rng.choice([0, 1, rng.randint(2, 60)]) for _ in range(40)])
+    case = Case(model, seed, int(lengths.sum()), grid, counts)
+    ray, offsets = torch.repeat_interleave(lengths), torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    delta = torch.rand(len(ray), generator=torch.Generator().manual_seed(seed))
+    samples = Samples(ray, delta, delta, case.xyz, offsets)
+    with torch.no_grad():
+        feature = case.outputs(torch_lookups)[0]
+        # Distances of which some rays become opaque and others do not.
+        activation = ("softplus", -1.0, 1.0 / feature.abs().max().clamp_min(1.0).item())
+        ours = compiled_lookups.weights_until_opaque(case.planes, case.lines, samples, *activation)
+        definition = torch_rendering.ray_weights(feature, samples, *activation)
+    assert_equal_up_to_rounding([ours], [definition], torch.float32)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 7])

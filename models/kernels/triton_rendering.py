@@ -143,12 +143,11 @@ def march_box(
     with torch.no_grad(), torch.cuda.device_of(aabb):
         origins, directions, aabb = rays.origins.contiguous(), rays.directions.contiguous(), aabb.contiguous()
         n_candidates = candidate_counts(t_enter, t_exit, step, n_samples)
-        # Pointers that are not read: aabb's. The expression for scale is AlphaMask.occupied's.
+        # Pointers that are not read: aabb's.
         u = aabb if jitter is None else jitter.contiguous()
         masked = (aabb, aabb, aabb, aabb, 2, 2, 2)
         if mask is not None:
-            scale = 1.0 / (mask.aabb[1] - mask.aabb[0]) * 2
-            masked = (mask.cells.contiguous(), mask.allowed, scale, mask.aabb.contiguous(), *mask.grid_size)
+            masked = (mask.cells.contiguous(), mask.allowed, mask.scale, mask.aabb.contiguous(), *mask.grid_size)
         arguments = (n_candidates, t_enter.contiguous(), u, origins, directions, float(step), aabb, *masked)
         options = {"JITTERED": jitter is not None, "MASKED": mask is not None, "BLOCK": _BLOCK}
         options |= {"num_warps": _WARPS, "enable_fp_fusion": False}
