@@ -127,7 +127,9 @@ def rays_meet_box(field: Field, rays: Rays) -> Tensor:
 
 @torch.no_grad()
 def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None = None, chunk: int = 1 << 14) -> Tensor:
-    """[M*H*W] bool: the scene's pixels whose rays meet the mask (or the box); a subset of `kept` if given."""
+    """[M*H*W] bool: the scene's pixels whose rays meet the mask (or the box); a subset of `kept` if given.
+
+    chunk: rays at once; one looked up in the mask takes some 12 kB."""
     result = torch.zeros(scene.n_pixels, dtype=torch.bool, device=scene.device)
     for start in range(0, scene.n_pixels, chunk):
         index = torch.arange(start, min(start + chunk, scene.n_pixels), device=scene.device)

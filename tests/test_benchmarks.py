@@ -261,7 +261,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(monkeypatch, tmp_path,
     assert code == 1
     short = [f"short: {name}" for name in gpu_comparison.COMPARED]
     assert list(report["parts"]) == [
-        *("training", "tests", "kernels", "step", "launches"),
+        *("training", "kernels", "step", "launches", "tests"),
         *(*short, "compute-sanitizer"),
     ]
     assert all("no time left" in report["parts"][name]["skipped"] for name in short)

@@ -61,7 +61,7 @@ def _triton() -> tuple[ModuleType, ModuleType, ModuleType] | None:
     try:
         importlib.import_module("triton")
         importlib.import_module("models.kernels.triton_common").launch_once()
-    except Exception as error:  # Triton's own errors have no common ancestor but this
+    except Exception as error:  # triton.errors.TritonError is nothing more, and cannot be named without Triton
         reason = " ".join(str(error).split())[:200]
         say(f"Triton's kernels cannot be used ({reason}): torch's serve, more slowly and with more memory")
         return None

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "vectors.h"
+
 extern "C" {
 struct Table {
     const float* values;  // [rows, C]
@@ -21,30 +23,7 @@ struct Group {
 
 namespace {
 
-// Wide is what the CPU holds in one register: compilers take wider vectors apart through memory, five times slower.
-// Tuned on x86-64 with AVX-512 and with AVX2. Elsewhere (ARM, SSE2) the compiler makes of 8 numbers what it can, two
-// registers of 4 as a rule: neither tuned nor timed, but with SSE2 all tests against the definitions hold.
-#if defined(__AVX512F__)
-constexpr int WIDE = 16;
-#else
-constexpr int WIDE = 8;
-#endif
-typedef float Wide __attribute__((vector_size(4 * WIDE)));
-typedef int32_t WideBits __attribute__((vector_size(4 * WIDE)));
 typedef float V4 __attribute__((vector_size(16)));
-
-// By memcpy, which compilers turn into one unaligned move: channels begin anywhere.
-template <class V>
-inline V load(const float* from) {
-    V value;
-    std::memcpy(&value, from, sizeof(V));
-    return value;
-}
-
-template <class V, class T>
-inline void store(T* to, V value) {
-    std::memcpy(to, &value, sizeof(V));
-}
 
 template <class V>
 inline void add(float* to, V value) {
@@ -141,14 +120,13 @@ struct Block {
             // Of the lower point and of the upper one; false for NaN as well.
             const WideBits low_in = (position >= 0) & (position < size);
             const WideBits high_in = (position >= -1) & (position < last);
-            const Wide inside = (Wide)((WideBits)position & (low_in | high_in));
-            const WideBits whole = __builtin_convertvector(inside, WideBits);
-            const WideBits lower = whole + (inside < __builtin_convertvector(whole, Wide));  // a comparison's true is -1
+            const Wide inside = where(low_in | high_in, position);
+            const WideBits lower = floor_of(inside);
             const Wide upper_share = inside - __builtin_convertvector(lower, Wide);
             store(indices[axis][0] + k, lower & low_in);
             store(indices[axis][1] + k, (lower + 1) & high_in);
-            store(shares[axis][0] + k, (Wide)((WideBits)(1 - upper_share) & low_in));
-            store(shares[axis][1] + k, (Wide)((WideBits)upper_share & high_in));
+            store(shares[axis][0] + k, where(low_in, 1 - upper_share));
+            store(shares[axis][1] + k, where(high_in, upper_share));
         }
     }
 };
@@ -265,12 +243,11 @@ inline float summed_product(const Group* groups, int32_t n_groups, const Point& 
     for (int number = 0; number < n_groups; ++number) {
         const Group& g = groups[number];
         const auto add_up = [&](auto product, int64_t) { sum += product; };
-        Taps<2> lines[3];
-        for (int i = g.tables[0].axes[1] >= 0; i < (g.tables[0].axes[1] >= 0 ? 2 : 3); ++i)
-            lines[i] = line_taps(g.tables[i], point, g.channels);
+        const auto along_line = [&](int i) { return line_taps(g.tables[i], point, g.channels); };
         if (g.tables[0].axes[1] >= 0) {
-            product_of(g, plane_taps(g.tables[0], point, grid, g.channels), lines[1], g.channels, add_up);
+            product_of(g, plane_taps(g.tables[0], point, grid, g.channels), along_line(1), g.channels, add_up);
         } else {
+            const Taps<2> lines[3] = {along_line(0), along_line(1), along_line(2)};
             product_of(g, lines, g.channels, add_up);
         }
     }

@@ -27,21 +27,16 @@ struct Colours {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;  // of a block in registers: ROWS x 2 vectors
-#else
-constexpr int LANES = 8, ROWS = 6;  // with fewer, every sum waits for its last addition
-#endif
+using V = Wide;
+using Bits = WideBits;
+constexpr int LANES = WIDE;
+// Of a block in registers: ROWS x 2 vectors; with fewer than 6, every sum waits for its last addition.
+constexpr int ROWS = LANES == 16 ? 8 : 6;
 constexpr int64_t UNIT = 2 * LANES, TILE = 64;  // samples at once
 constexpr int64_t SHARE = 1 << 8;        // samples of a share of the forward pass
 constexpr float LARGEST_ANGLE = 8192;    // up to which the reduction below is exact enough
 
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
-
 inline V at(const float* from) { return load<V>(from); }
-
-inline V where(Bits mask, V value) { return (V)((Bits)value & mask); }
 
 // done(i, j, sum) with sum = row i, columns j..j+LANES-1 of A B, where A(i, k) = a[i * row + k * column] over `depth`;
 // m, n multiples of UNIT or TILE. `N` rows from i on and 2*LANES columns from j on are one block.

@@ -9,6 +9,7 @@
 #include "denormals.h"
 #include "density.h"
 #include "shares.h"
+#include "vectors.h"
 
 extern "C" {
 struct Rays {
@@ -30,38 +31,36 @@ namespace {
 
 constexpr int64_t RAYS = 1 << 7;  // of a share
 
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#else
-constexpr int64_t LANES = 8;
-#endif
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+// T: one number, or a vector of them.
+template <class T>
+inline T number_of(const Rays& rays, int64_t ray, T k) {
+    return rays.jitter ? k + rays.jitter[ray] : k;
+}
 
-inline float number_of(const Rays& rays, int64_t ray, float k) { return rays.jitter ? k + rays.jitter[ray] : k; }
+template <class T>
+inline T t_of(const Rays& rays, int64_t ray, T number) {
+    return rays.t_enter[ray] + rays.step * number;
+}
 
-inline float t_of(const Rays& rays, int64_t ray, float number) { return rays.t_enter[ray] + rays.step * number; }
-
-// Of candidates k..k+LANES-1 of a ray: whether they lie in the box and, if there is a mask, in an occupied cell.
-inline void test(const Rays& rays, const Mask& mask, int64_t ray, int64_t k, const Lanes& lane, bool* live) {
+// Of candidates k..k+WIDE-1 of a ray: whether they lie in the box and, if there is a mask, in an occupied cell.
+inline void test_candidates(const Rays& rays, const Mask& mask, int64_t ray, int64_t k, const Wide& numbers,
+                            bool* live) {
     const float *o = rays.origins + 3 * ray, *d = rays.directions + 3 * ray;
-    const Lanes first = static_cast<float>(k) + lane, number = rays.jitter ? first + rays.jitter[ray] : first;
-    const Lanes t = rays.t_enter[ray] + rays.step * number;
-    Bits inside = ~Bits{}, cell{}, between{};
+    const Wide t = t_of<Wide>(rays, ray, number_of<Wide>(rays, ray, static_cast<float>(k) + numbers));
+    WideBits inside = ~WideBits{}, cell{}, between{};
     for (int i = 2; i >= 0; --i) {  // z first: it is the slowest of a cell's indices
-        const Lanes xyz = o[i] + d[i] * t;
+        const Wide xyz = o[i] + d[i] * t;
         inside &= (xyz >= rays.low[i]) & (xyz <= rays.high[i]);
         if (!mask.cells) continue;
         const float size = static_cast<float>(mask.size[i]);
-        const Lanes normalised = (xyz - mask.low[i]) * mask.scale[i] - 1, position = ((normalised + 1) / 2) * (size - 1);
+        const Wide normalised = (xyz - mask.low[i]) * mask.scale[i] - 1, position = ((normalised + 1) / 2) * (size - 1);
         inside &= (position >= -1) & (position < size);
-        const Lanes safe = (Lanes)((Bits)position & inside);
-        const Bits whole = __builtin_convertvector(safe, Bits);
-        const Bits lower = whole + (safe < __builtin_convertvector(whole, Lanes));  // a comparison's true is -1
+        const Wide safe = where(inside, position);
+        const WideBits lower = floor_of(safe);
         cell = cell * static_cast<int32_t>(mask.size[i] + 1) + lower + 1;
-        between |= (safe > __builtin_convertvector(lower, Lanes)) & (1 << i);
+        between |= (safe > __builtin_convertvector(lower, Wide)) & (1 << i);
     }
-    for (int64_t j = 0; j < LANES; ++j)
+    for (int64_t j = 0; j < WIDE; ++j)
         live[j] = inside[j] && (!mask.cells || (mask.cells[cell[j]] & mask.allowed[between[j]]));
 }
 
@@ -87,17 +86,17 @@ extern "C" {
 // Which candidates of all rays live: `live` [K0], those of ray r from candidates[r] on, and counts [B].
 int32_t march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t n_rays,
                     uint8_t* live, int64_t* counts, int32_t threads) {
-    Lanes lane;
-    for (int j = 0; j < LANES; ++j) lane[j] = static_cast<float>(j);
+    Wide numbers;  // 0, 1, ...
+    for (int j = 0; j < WIDE; ++j) numbers[j] = static_cast<float>(j);
     return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         for (int64_t ray = first; ray < end; ++ray) {
             const int64_t n = candidates[ray + 1] - candidates[ray];
             uint8_t* flags = live + candidates[ray];
             int64_t count = 0;
-            for (int64_t k = 0; k < n; k += LANES) {
-                bool lives[LANES];
-                test(*rays, *mask, ray, k, lane, lives);
-                for (int64_t j = 0; j < std::min(LANES, n - k); ++j) {
+            for (int64_t k = 0; k < n; k += WIDE) {
+                bool lives[WIDE];
+                test_candidates(*rays, *mask, ray, k, numbers, lives);
+                for (int64_t j = 0; j < std::min<int64_t>(WIDE, n - k); ++j) {
                     flags[k + j] = lives[j];
                     count += lives[j];
                 }
