@@ -18,11 +18,12 @@ from components.metrics import mse_to_psnr
 from components.perceptual import PerceptualMetrics, check_weights_folder, load_perceptual_metrics
 from components.pixel_sets import PixelSet
 from components.regularisers import L1Density, build_regularisers
-from components.types import Scene
+from components.types import PixelBatch, Scene
 from dataLoader import Inspection, inspect_scene, load_scene, scene_folder
 from dataLoader.assemble import Volume
 from models import FieldConfig, build_field, field_state
 from models.files import CHECKPOINT_FORMAT, load_field
+from models.fixed_steps import WINDOW, FixedStep, FixedSteps, obstacle
 from models.growth import MASK_VOXEL_LIMIT, kept_pixels, shrink, update_alpha_mask, upsample
 from models.kernels import threads
 from models.optimizers import crop_adam, load_adam, make_adam
@@ -276,6 +277,8 @@ class Trainer:
         self.mask_grid: tuple[int, int, int] | None = None
         self.kept: Tensor | None = None
         self.draws = DrawCounts(self.scene)
+        # With --cuda_graphs: what replays steps.
+        self.fixed: FixedSteps | None = None
 
         o = options
         self.regularisers = build_regularisers(
@@ -433,6 +436,7 @@ class Trainer:
         now = time.perf_counter()
         self.setup_seconds += now - started
         self.reported_at = now - self.unreported_seconds
+        self.fixed = self.fixed_steps()
         self.open_memory()
         # In a log file a bar is a line each time; a person wants it smooth.
         pause = 0.2 if sys.stderr.isatty() else 30.0
@@ -442,10 +446,12 @@ class Trainer:
             with tqdm(initial=self.iteration, total=o.n_iters, unit="step", smoothing=0.05, mininterval=pause) as bar:
                 while self.iteration < self.last_iteration:
                     with threads.taking_over():
-                        self.losses.append(self.step())
+                        n_steps = self.advance(self.steps_ahead())
+                    if not n_steps:
+                        continue
                     self.grow()
                     self.iteration += 1
-                    bar.update()
+                    bar.update(n_steps)
                     if self.due(o.progress_refresh_rate, o.vis_every, o.save_every):
                         psnr, step_ms = self.report(stop_after)
                         bar.set_postfix(psnr=f"{psnr:.2f}", ms=f"{step_ms:.0f}", refresh=False)
@@ -468,6 +474,28 @@ class Trainer:
             return float(torch.rand((), generator=self.generators["background"]) < 0.5)
         return float(self.scene.white_background)
 
+    def steps_ahead(self) -> int:
+        """How many steps follow on each other before there is something else to do: growing, a report, the end."""
+        o, now = self.options, self.iteration
+        ends = [n + 1 for n in (*o.update_AlphaMask_list, *o.upsamp_list) if n >= now]
+        ends += [(now // period + 1) * period for period in (o.progress_refresh_rate, o.vis_every, o.save_every)]
+        return max(min(*ends, self.last_iteration) - now, 1)
+
+    def advance(self, most: int = 1) -> int:
+        """One step; with --cuda_graphs up to `most`, between which nothing waits for the device. Their losses are kept.
+
+        Returns how many there were: 0 if they were given up, to be made again. The iteration is that of the last one.
+        """
+        fixed = self.fixed
+        if fixed is None or not (fixed.step or fixed.ready):
+            self.losses.append(self.step())
+            if fixed is not None:
+                fixed.see(*self.needs)
+            return 1
+        if fixed.step is None:
+            self.fix_step()
+        return self.replay(min(most, WINDOW))
+
     def step(self) -> Tensor:
         """One optimiser step; [2], the plain mean squared error of the batch and its loss, not waited for."""
         o, phase = self.options, self.timer.phase
@@ -485,7 +513,7 @@ class Trainer:
             weight = self.sampler.weigh(pixels, error.detach(), self.iteration)
         with phase("forward"):
             ray_loss = weight * error.square().mean(-1)
-            self.terms = {r.name: r(self.field, self.lr_factor) for r in self.regularisers if r.weight > 0}
+            self.terms = self.penalties()
             loss = ray_loss.mean() + sum(self.terms.values())
         with phase("backward"):
             self.optimizer.zero_grad(set_to_none=True)
@@ -496,8 +524,110 @@ class Trainer:
                 group["lr"] *= self.lr_factor
         with phase("sampler"):
             self.sampler.update(pixels, ray_loss.detach(), self.iteration)
+        self.needs = (out.n_live, out.n_colour)
         self.stages.add(self.stage, steps=1, rays=len(rays), live_samples=out.n_live, colour_samples=out.n_colour)
         return torch.stack((error.detach().square().mean(), loss.detach()))
+
+    def penalties(self) -> dict[str, Tensor]:
+        """The regularisers' terms of a step, by name."""
+        return {r.name: r(self.field, self.lr_factor) for r in self.regularisers if r.weight > 0}
+
+    # --- steps without waits ---
+
+    def fixed_steps(self) -> FixedSteps | None:
+        """What replays steps, if that is asked for and possible."""
+        if not self.options.cuda_graphs:
+            return None
+        why = obstacle(self.field, self.regularisers)
+        if why is not None:
+            say(f"--cuda_graphs: {why}; steps are made one by one")
+        return FixedSteps() if why is None else None
+
+    def fix_step(self) -> None:
+        """Make what replays steps, for the field and the sampler as they are."""
+        o, moment = self.options, self.moment()
+        pixels = self.sampler.sample(self.iteration)
+        self.go_back(moment)
+        n_samples = training_samples(self.field.grid_size, o.step_ratio, o.nSamples)
+        self.close_memory()
+        self.memory.unseen_mb = 0.0
+        given = (self.field, self.scene, self.optimizer, self.penalties)
+        step = self.fixed.make(*given, pixels=pixels, n_samples=n_samples)
+        self.memory.unseen_mb = step.replayed_mb
+        self.open_memory()
+
+    def unfix_step(self) -> None:
+        """Before the field or the sampler changes; a new stretch for the memory meter begins."""
+        self.close_memory()
+        if self.fixed is not None:
+            self.fixed.forget()
+        self.memory.unseen_mb = 0.0
+        self.open_memory()
+
+    def moment(self) -> dict:
+        """What the host must set back to make a step again."""
+        generators = {name: generator.get_state() for name, generator in self.generators.items()}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"sampler": self.sampler.state_dict(), "generators": generators, "rates": rates}
+
+    def go_back(self, moment: dict) -> None:
+        """To a moment since which the optimiser has changed nothing."""
+        self.sampler.load_state_dict(moment["sampler"])
+        for name, generator in self.generators.items():
+            generator.set_state(moment["generators"][name])
+        for group, rate in zip(self.optimizer.param_groups, moment["rates"], strict=True):
+            group["lr"] = rate
+
+    def replay(self, n_steps: int) -> int:
+        """`advance` by replayed steps; only afterwards it is asked what they needed."""
+        o, fixed, first, made = self.options, self.fixed, self.iteration, []
+        step, varies = fixed.step, False
+        self.stage = stage_of(first, o.update_AlphaMask_list, o.upsamp_list, o.n_iters)
+        step.stopped.zero_()
+        for self.iteration in range(first, first + n_steps):
+            moment = self.moment()
+            with self.timer.phase("sampler"):
+                pixels = self.sampler.sample(self.iteration)
+            if not step.fits(pixels):
+                say(f"--cuda_graphs: a step of {len(pixels)} rays, not {len(step.pixels)}; steps are made one by one")
+                self.go_back(moment)
+                varies = True
+                break
+            made.append((moment, pixels, *self.replayed(step, pixels)))
+        needs = torch.stack([needs for *_, needs in made]).tolist() if made else []
+        had_room = fixed.judge(needs)
+        for (_, pixels, losses, _), (n_live, n_colour) in zip(made[:had_room], needs, strict=False):
+            self.draws.add(pixels)
+            self.losses.append(losses)
+            self.stages.add(self.stage, steps=1, rays=len(pixels), live_samples=n_live, colour_samples=n_colour)
+        if had_room:
+            self.terms = {name: term.clone() for name, term in step.terms.items()}
+        if had_room < len(made):
+            self.go_back(made[had_room][0])
+        if varies:
+            self.unfix_step()
+            self.fixed = None
+        self.iteration = first + max(had_room, 1) - 1
+        return had_room
+
+    def replayed(self, step: FixedStep, pixels: PixelBatch) -> tuple[Tensor, Tensor]:
+        """A replayed step: ([2] what `step` returns, [2] the live and the coloured samples that it needed)."""
+        phase = self.timer.phase
+        with phase("forward"):
+            step.give(pixels, self.background(), self.generators["jitter"])
+            step.show()
+        with phase("sampler"):
+            step.weight.copy_(self.sampler.weigh(step.pixels, step.error, self.iteration))
+        with phase("backward"):
+            step.learn()
+        with phase("optimizer"):
+            step.set_rates([group["lr"] for group in self.optimizer.param_groups])
+            step.update()
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.lr_factor
+        with phase("sampler"):
+            self.sampler.update(step.pixels, step.ray_loss, self.iteration)
+        return step.losses.clone(), step.needs.clone()
 
     def grow(self) -> None:
         """Alpha mask, shrinking, ray filtering, upsampling: what is due after this iteration's optimiser step."""
@@ -505,8 +635,7 @@ class Trainer:
         if iteration not in o.update_AlphaMask_list and iteration not in o.upsamp_list:
             return
         self.read_losses()  # what is not finite by now is better named than grown
-        self.close_memory()
-        self.open_memory()  # growing counts in the peak, but not in what a step needs
+        self.unfix_step()  # growing counts in the peak, but not in what a step needs
         with self.timer.phase("grow"):
             if iteration in o.update_AlphaMask_list:
                 self.update_mask(first=iteration == o.update_AlphaMask_list[0])

@@ -4,10 +4,10 @@
 
 Full lego (30000 steps of 4096 rays, scored on all test views that are there; as much of it as fits, on the demo scene
 without lego under --data_folder); benchmarks/kernels.py, step.py and launches.py; the tests marked cuda (every kernel
-and whole renderings against their twins). In the time that is left: full, full with half the rays and expansive with
-half the rays, all three by the same shortened schedule, and compute-sanitizer over some of the kernels' tests.
---full has no limit of time: step.py with all its variants, the two with half the rays by the whole schedule, and
-compute-sanitizer over all of the kernels' tests. Each part runs in a process of its own, and its failure leaves the
+and whole renderings against their twins). In the time that is left: full, the same replayed as CUDA graphs, full with
+half the rays and expansive with half the rays, all by the same shortened schedule, and compute-sanitizer over some of
+the kernels' tests. --full has no limit of time: step.py with all its variants, the comparison by the whole schedule,
+and compute-sanitizer over all of the kernels' tests. Each part runs in a process of its own, and its failure leaves the
 others alone. Writes benchmarks/results/gpu_check.json (or --out) after each part; exits with 1 if a part failed. A part
 for which there is no time, or a target that was missed, is said, but is no failure.
 """
@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # training at most, and scoring a view; a part's least, and compute-sanitizer's; an end where there is no other.
 DEADLINE, ENOUGH, LOADING, SCORING, LEAST, SANITIZING, NO_LIMIT = 570.0, 180.0, 60.0, 0.5, 20.0, 60.0, 1e4
 PYTEST = ["-m", "pytest", "-m", "cuda", "--durations=5", "--continue-on-collection-errors", "tests/test_triton.py"]
-TESTS = [*PYTEST, "tests/test_cuda.py"]
+TESTS = [*PYTEST, "tests/test_cuda.py", "tests/test_fixed_steps.py"]
 # compute-sanitizer checks every access, tens of times slower: without the tests of millions of points.
 SANITIZED = [*PYTEST, "-k", "not millions and not more_points and not more_samples"]
 SOME = ["collected_along_rays", "weights_and_their", "composites_and", "until_opaque_equal", "gradients_reach_the_rays"]
@@ -145,7 +145,7 @@ def compare(options: argparse.Namespace, ends: float, parts: dict, write) -> Non
             continue  # is there already
         if options.full:
             parts[name] = train(options, name, options.train_seconds, NO_LIMIT, own)
-        elif steps:  # scored on fewer views, all three on the same
+        elif steps:  # scored on fewer views, all on the same
             more = [*schedule(steps), "--test_every", str(every), *own]
             parts[f"short: {name}"] = train(options, f"short: {name}", seconds, 3 * SHORT, more)
         else:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.launches
 
-Some steps of a real run of each strategy on the demo scene, 4096 rays, after WARM_UP steps in which colours appear.
+Some steps of a real run of each strategy on the demo scene, 4096 rays, after WARM_UP steps in which colours appear;
+on CUDA of `full` once more with its steps replayed as graphs.
 The last line is JSON. On a CPU there is nothing to count but the time.
 """
 
@@ -32,9 +33,10 @@ WARM_UP, STEPS = 300, 64
 
 
 def step_through(trainer: Trainer, steps: int) -> None:
-    for _ in range(steps):
-        trainer.step()
-        trainer.iteration += 1
+    end = trainer.iteration + steps
+    while trainer.iteration < end:
+        if trainer.advance(end - trainer.iteration):
+            trainer.iteration += 1
 
 
 def waits(trainer: Trainer, steps: int) -> dict[str, float]:
@@ -68,6 +70,7 @@ def measure(argv: list[str], device: torch.device, warm_up: int, steps: int) -> 
     folder = Path(options.save_dir)
     trainer = Trainer(options, folder, device, scenes, load_perceptual_metrics(None, device), MemoryMeter(device))
     trainer.begin()
+    trainer.fixed = trainer.fixed_steps()
     step_through(trainer, warm_up)
     wait_for_device = torch.cuda.synchronize if device.type == "cuda" else int
     wait_for_device()
@@ -98,8 +101,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--config", "configs/syn.txt", "--nerf_dataset", "demo", "--demo_resolution", "100"]
         argv += ["--data_folder", folder, "--save_dir", folder, "--device", options.device, *options.rest]
-        for strategy in options.strategies.split(","):
-            report[strategy] = measure([*argv, "--strategy", strategy], device, options.warm_up, options.steps)
+        runs = {strategy: ["--strategy", strategy] for strategy in options.strategies.split(",")}
+        if device.type == "cuda":
+            runs["full, CUDA graphs"] = ["--cuda_graphs", "1"]
+        for strategy, own in runs.items():
+            report[strategy] = measure([*argv, *own], device, options.warm_up, options.steps)
             print(strategy, {k: v for k, v in report[strategy].items() if k != "host_calls"}, file=sys.stderr)
     print(json.dumps(report))
 

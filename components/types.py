@@ -50,13 +50,22 @@ class Rays:
 @dataclass(frozen=True)
 class RenderOutput:
     """rgb [B, 3] in [0, 1]; opacity [B]; depth [B] in ray parameter t (no gradient);
-    n_live, n_colour: how many samples were looked up in the density and in the colour field."""
+    n_live, n_colour: how many samples were looked up in the density and in the colour field; of a rendering with a
+    Capacity 0-dim tensors, of how many there was need."""
 
     rgb: Tensor
     opacity: Tensor
     depth: Tensor
-    n_live: int = 0
-    n_colour: int = 0
+    n_live: int | Tensor = 0
+    n_colour: int | Tensor = 0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many samples a rendering has room for, whatever the rays: live ones, and those that have a colour."""
+
+    live: int
+    coloured: int
 
 
 @dataclass(frozen=True)

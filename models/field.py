@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from components.grids import evaluation_samples, step_length
 from components.marching import Samples, march_ndc, normalise
-from components.types import Rays, RenderOutput
+from components.types import Capacity, Rays, RenderOutput
 from models import kernels
 from models.alpha_mask import AlphaMask
 from models.chunks import in_chunks
@@ -27,6 +27,21 @@ def factor(values: Tensor) -> nn.Parameter:
     """A plane or line [1, C, H, W] as a parameter, stored channels-last: all components of a grid point together,
     so that a lookup reads one row of memory and not C of them."""
     return nn.Parameter(values.detach().contiguous(memory_format=torch.channels_last))
+
+
+def first_places(chosen: Tensor, end: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """(places [capacity] int64 of the first true entries before `end`, ascending, then the last place again and again;
+    how many true entries there are before `end`, 0-dim): `nonzero` without waiting for the device.
+
+    chosen: [K] bool, K >= 1; end: 0-dim int64.
+    """
+    place = torch.arange(len(chosen), device=chosen.device)
+    chosen = chosen & (place < end)
+    number = chosen.cumsum(0)
+    # All others share one slot more, which is cut off.
+    slot = torch.where(chosen, number - 1, capacity).clamp_(max=capacity)
+    places = torch.full((capacity + 1,), len(chosen) - 1, device=chosen.device)
+    return places.scatter_(0, slot, place)[:capacity], number[-1]
 
 
 class Field(nn.Module):
@@ -121,27 +136,40 @@ class Field(nn.Module):
         factors = [p for p in self.parameters() if id(p) not in known]
         return [{"params": factors, "lr": lr_grids}, {"params": networks, "lr": lr_networks}]
 
-    def march(self, rays: Rays, jitter: Tensor | None, n_samples: int) -> Samples:
-        """Live samples of the rays: in the box and in the alpha mask."""
+    def march(self, rays: Rays, jitter: Tensor | None, n_samples: int, capacity: int | None = None) -> Samples:
+        """Live samples of the rays: in the box and in the alpha mask. capacity: see `render`."""
         c = self.config
         if c.ndc:
             return march_ndc(rays, self.aabb, c.near, c.far, n_samples, jitter, self.alpha_mask)
-        march_box = self.kernels.rendering.march_box
-        return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, self.alpha_mask)
+        march_box, room = self.kernels.rendering.march_box, {} if capacity is None else {"capacity": capacity}
+        return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, self.alpha_mask, **room)
 
     def render(
-        self, rays: Rays, background: Tensor | float, jitter: Tensor | None = None, n_samples: int | None = None
+        self,
+        rays: Rays,
+        background: Tensor | float,
+        jitter: Tensor | None = None,
+        n_samples: int | None = None,
+        capacity: Capacity | None = None,
     ) -> RenderOutput:
         """Volume rendering of rays [B].
 
         background: colour behind the scene, scalar, [3] or [B, 3]. jitter: u [B, 1] (NDC: [B or 1, S]) in [0, 1);
         None for evaluation. n_samples: S, at most that many samples a ray; default: the test-time count.
+        capacity: room for samples (`kernels.fixed_shapes`, no NDC), so that all shapes are known beforehand and nothing
+        waits for the device; samples for which there is no room are left out: compare n_live and n_colour with it.
         """
         c, rendering = self.config, self.kernels.rendering
-        samples = self.march(rays, jitter, n_samples or self.n_samples)
+        samples = self.march(rays, jitter, n_samples or self.n_samples, capacity and capacity.live)
         weights = self.weights(samples)
-        # On CUDA a step waits for the device twice: in march_box for the number of live samples, and here.
-        coloured = (weights > c.weight_threshold).nonzero()[:, 0]
+        coloured = weights > c.weight_threshold
+        if capacity is None:
+            # On CUDA a step waits for the device twice: in march_box for the number of live samples, and here.
+            coloured = coloured.nonzero()[:, 0]
+            n_live, n_colour = len(samples), coloured.shape[0]
+        else:
+            coloured, n_colour = first_places(coloured, samples.offsets[-1], capacity.coloured)
+            n_live = samples.n_live
         view = rays.directions
         if c.ndc:
             view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
@@ -149,7 +177,7 @@ class Field(nn.Module):
         rgb, opacity, distance = rendering.composite(weights, samples, coloured, colour)
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
         depth = distance + (1.0 - opacity.detach()) * c.far
-        return RenderOutput(rgb, opacity, depth, len(samples), coloured.shape[0])
+        return RenderOutput(rgb, opacity, depth, n_live, n_colour)
 
     def weights(self, samples: Samples) -> Tensor:
         """What each sample contributes to its ray's colour, [K]."""

@@ -33,13 +33,15 @@ from utils.console import say
 class Kernels:
     """A backend. name: for results.json; lookups: vm_density, vm_appearance, cp_density, cp_appearance; rendering:
     march_box, ray_weights, composite; weights_until_opaque: lookups and ray_weights in one where no gradient is asked
-    for, if the backend has it; l1_norm: of lists of planes and lines, see components.regularisers."""
+    for, if the backend has it; l1_norm: of lists of planes and lines, see components.regularisers; fixed_shapes:
+    whether march_box takes a capacity, see Field.render."""
 
     name: str
     lookups: ModuleType
     rendering: ModuleType
     weights_until_opaque: Callable[..., Tensor] | None = None
     l1_norm: Callable[[list[Tensor], list[Tensor]], Tensor] = regularisers.l1_norm
+    fixed_shapes: bool = False
 
 
 def select(device: torch.device) -> Kernels:
@@ -48,7 +50,8 @@ def select(device: torch.device) -> Kernels:
         fused = (compiled_lookups.weights_until_opaque, compiled_l1.l1_norm)
         return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, *fused)
     if device.type == "cuda" and (modules := _triton()) is not None:
-        return Kernels("cuda-triton", *modules[:2], modules[2].weights_until_opaque, foreach_l1.l1_norm)
+        fused = (modules[2].weights_until_opaque, foreach_l1.l1_norm)
+        return Kernels("cuda-triton", *modules[:2], *fused, fixed_shapes=True)
     return Kernels("torch-gather", gather_lookups, torch_rendering)
 
 

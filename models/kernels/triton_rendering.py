@@ -6,6 +6,8 @@ a ray and goes along it BLOCK numbers or samples at a time, so nothing as long a
 march_box keeps exactly the definition's samples: the same float32 expressions in the same order, without fused
 multiply-adds (enable_fp_fusion=False) and without Triton's `/`, which is not rounded correctly. Weights are running
 products in float32, as the reference's cumprod. Anything that is not float32 on CUDA takes torch_rendering's way.
+
+With a capacity (see components.marching.Samples.n_live) marching does not wait for the device.
 """
 
 import torch
@@ -23,6 +25,8 @@ from models.kernels.triton_common import numbered, serves
 # Candidates or samples of a ray at once, 4 a thread of its warp; coloured samples of a program, 8 a thread.
 _BLOCK, _WARPS = 128, 1
 _FLAT_BLOCK = 1024
+# A coordinate of samples that are nobody's: outside of every grid, and a finite number to a network.
+_NOWHERE = 4.0
 
 
 # --- marching --------------------------------------------------------------------------------------------------------
@@ -95,7 +99,8 @@ def _fill(
     cells, allowed, scale, mask_aabb, size_x, size_y, size_z,
     JITTERED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each ray's samples from offsets[ray] on: rays [K] int64, ts [K], deltas [K], positions [K, 3]."""
+    """Writes each ray's samples from offsets[ray] on, those that end before offsets[ray + 1]: rays [K] int64, ts [K],
+    deltas [K], positions [K, 3]."""
     ray = tl.program_id(0).to(tl.int64)
     n = tl.load(n_candidates + ray)
     start = tl.load(t_enter + ray)
@@ -103,6 +108,7 @@ def _fill(
     if JITTERED:
         u = tl.load(jitter + ray)
     written = tl.load(offsets + ray)
+    end = tl.load(offsets + ray + 1)
     for first in range(0, n, BLOCK):
         number = first + tl.arange(0, BLOCK)
         k = number.to(tl.float32)
@@ -114,6 +120,7 @@ def _fill(
         delta = tl.where(number < n_samples - 1, following - t, 0.0)
         one = live.to(tl.int32)
         slot = written + tl.cumsum(one, 0) - one
+        live = live & (slot < end)
         tl.store(rays + slot, tl.zeros_like(slot) + ray, mask=live)
         tl.store(ts + slot, t, mask=live)
         tl.store(deltas + slot, delta, mask=live)
@@ -132,11 +139,18 @@ def march_box(
     n_samples: int,
     jitter: Tensor | None = None,
     mask: Mask | None = None,
+    capacity: int | None = None,
 ) -> Samples:
-    """Samples of rays in aabb and mask; see components.marching.march_box."""
+    """Samples of rays in aabb and mask; see components.marching.march_box.
+
+    capacity: None, or how many samples there is room for: capacity + 1 are made, see Samples.n_live. Raises ValueError
+    if it is asked for where the kernels do not serve.
+    """
     floats = [rays.origins, rays.directions, aabb, *([] if jitter is None else [jitter])]
     masks = [mask.aabb] if isinstance(mask, AlphaMask) else []
     if not len(rays) or not serves(*floats, *masks) or (mask is not None and not masks):
+        if capacity is not None:
+            raise ValueError("a capacity needs rays, box and mask in float32 on CUDA")
         return torch_rendering.march_box(rays, aabb, near, far, step, n_samples, jitter, mask)
     t_enter, t_exit = box_intersection(rays, aabb)
     t_enter = t_enter.clamp(near, far)
@@ -155,18 +169,32 @@ def march_box(
         counts = torch.empty_like(n_candidates)
         _count[(len(rays),)](counts, *arguments, **options)
         torch.cumsum(counts, 0, out=offsets[1:])
-        total = int(offsets[-1])  # waits for the device, as memory for the samples needs their number
-        ray = offsets.new_empty(total)
-        t, delta, position = aabb.new_empty(total), aabb.new_empty(total), aabb.new_empty(total, 3)
+        n_live = None if capacity is None else offsets[-1].clone()
+        ray, t, delta, position = _memory(offsets, aabb) if capacity is None else _room(capacity, offsets, aabb)
         box_scale = 2.0 / (aabb[1] - aabb[0])  # as components.marching.normalise
-        if total:
+        if len(ray):
             _fill[(len(rays),)](ray, t, delta, position, box_scale, offsets, n_samples, *arguments, **options)
     if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
         # The same values; t moves as its ray's t_enter does.
         t = t + (t_enter - t_enter.detach()).index_select(0, ray)
         origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
-        position = normalise(origins + directions * t[:, None], aabb)
-    return Samples(ray, t, delta, position, offsets)
+        moved = normalise(origins + directions * t[:, None], aabb)
+        nowhere = (position == _NOWHERE).all(-1, keepdim=True)
+        position = moved if n_live is None else torch.where(nowhere, position, moved)
+    return Samples(ray, t, delta, position, offsets, n_live)
+
+
+def _memory(offsets: Tensor, aabb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for rays [K], t [K], deltas [K] and positions [K, 3] of all samples."""
+    total = int(offsets[-1])  # waits for the device, as memory for the samples needs their number
+    return offsets.new_empty(total), aabb.new_empty(total), aabb.new_empty(total), aabb.new_empty(total, 3)
+
+
+def _room(capacity: int, offsets: Tensor, aabb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for capacity samples and one more, all nobody's; offsets end where the room does."""
+    offsets.clamp_(max=capacity)
+    total = capacity + 1
+    return offsets.new_zeros(total), aabb.new_zeros(total), aabb.new_zeros(total), aabb.new_full((total, 3), _NOWHERE)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -254,9 +282,13 @@ class _Weights(torch.autograd.Function):
     """Weights [K] of density features [K]."""
 
     @staticmethod
-    def forward(ctx, feature: Tensor, delta: Tensor, offsets: Tensor, softplus: bool, shift: float, scale: float):
+    def forward(
+        ctx, feature: Tensor, delta: Tensor, offsets: Tensor, padded: bool, softplus: bool, shift: float, scale: float
+    ):
         feature, delta, offsets = feature.contiguous(), delta.contiguous(), offsets.contiguous()
-        weights, light = torch.empty_like(feature), torch.empty_like(feature)
+        # What is nobody's is not written, and weighs nothing.
+        ctx.new = torch.zeros_like if padded else torch.empty_like
+        weights, light = ctx.new(feature), ctx.new(feature)
         ctx.settings = (float(shift), float(scale)), {"SOFTPLUS": softplus, "BLOCK": _BLOCK, "num_warps": _WARPS}
         numbers, options = ctx.settings
         with torch.cuda.device_of(feature):
@@ -269,18 +301,19 @@ class _Weights(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         light, feature, delta, offsets = ctx.saved_tensors
         numbers, options = ctx.settings
-        gradient = torch.empty_like(feature)
+        gradient = ctx.new(feature)
         arguments = (gradient, grad.contiguous(), light, feature, delta, offsets)
         with torch.cuda.device_of(feature):
             _weights_backward[(len(offsets) - 1,)](*arguments, *numbers, **options)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None
 
 
 def ray_weights(feature: Tensor, samples: Samples, activation: str, shift: float, scale: float) -> Tensor:
     """Weights w [K] of samples; see components.compositing.ray_weights."""
     if not len(samples) or samples.delta.requires_grad or not serves(feature, samples.delta):
         return torch_rendering.ray_weights(feature, samples, activation, shift, scale)
-    return _Weights.apply(feature, samples.delta, samples.offsets, activation == "softplus", shift, scale)
+    padded = samples.n_live is not None
+    return _Weights.apply(feature, samples.delta, samples.offsets, padded, activation == "softplus", shift, scale)
 
 
 # --- compositing -----------------------------------------------------------------------------------------------------
