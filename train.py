@@ -448,6 +448,7 @@ class Trainer:
                     with threads.taking_over():
                         n_steps = self.advance(self.steps_ahead())
                     if not n_steps:
+                        stop_if_asked()
                         continue
                     self.grow()
                     self.iteration += 1
@@ -484,7 +485,7 @@ class Trainer:
     def advance(self, most: int = 1) -> int:
         """One step; with --cuda_graphs up to `most`, between which nothing waits for the device. Their losses are kept.
 
-        Returns how many there were: 0 if they were given up, to be made again. The iteration is that of the last one.
+        Returns how many were made, maybe fewer; the iteration is that of the last one. 0: it is as it was, call again.
         """
         fixed = self.fixed
         if fixed is None or not (fixed.step or fixed.ready):
@@ -518,6 +519,8 @@ class Trainer:
         with phase("backward"):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            # Without the way back, which holds on to the stream that it was on.
+            self.terms = {name: term.detach() for name, term in self.terms.items()}
         with phase("optimizer"):
             self.optimizer.step()
             for group in self.optimizer.param_groups:
@@ -589,7 +592,7 @@ class Trainer:
             with self.timer.phase("sampler"):
                 pixels = self.sampler.sample(self.iteration)
             if not step.fits(pixels):
-                say(f"--cuda_graphs: a step of {len(pixels)} rays, not {len(step.pixels)}; steps are made one by one")
+                say(f"--cuda_graphs: steps of {len(step.pixels)} rays, then {len(pixels)}; steps are made one by one")
                 self.go_back(moment)
                 varies = True
                 break
@@ -600,7 +603,7 @@ class Trainer:
             self.draws.add(pixels)
             self.losses.append(losses)
             self.stages.add(self.stage, steps=1, rays=len(pixels), live_samples=n_live, colour_samples=n_colour)
-        if had_room:
+        if had_room == len(made) > 0:
             self.terms = {name: term.clone() for name, term in step.terms.items()}
         if had_room < len(made):
             self.go_back(made[had_room][0])
@@ -788,6 +791,8 @@ class Trainer:
     def finish(self) -> dict:
         """The final evaluation and outputs; writes results.json last, after which the run counts as finished."""
         self.close_memory()
+        if self.fixed is not None:
+            self.fixed.forget()  # its memory is the evaluation's
         test = self.scenes["test"]
         evaluation = score(self.options, self.field, self.scenes, self.perceptual, self.folder)
         views = range(0, test.n_images, self.options.test_every)

@@ -33,10 +33,10 @@ class Samples:
 
     ray: [K] int64; t: [K] ray parameter; delta: [K] distance to the ray's next sample number (0 for the last
     one), in t; position: [K, 3], normalised to [-1, 1] in the box; offsets: [B + 1] int64, where each ray's samples
-    begin, and where the last ray's end: K.
+    begin, and where the last ray's end: at K.
 
-    n_live: None; or, where K was fixed beforehand, the number of live samples, 0-dim int64, at most K - 1 of which have
-    a place. What is left, the last sample at least, is nobody's: it lies behind all rays' samples, far outside the box.
+    n_live: None; or, where K was fixed beforehand, the number of live samples, 0-dim int64. At most K - 1 of them have
+    a place. What is left, the last sample at least, is nobody's: it lies behind offsets[-1], far outside the box.
     """
 
     ray: Tensor

@@ -51,7 +51,7 @@ class Rays:
 class RenderOutput:
     """rgb [B, 3] in [0, 1]; opacity [B]; depth [B] in ray parameter t (no gradient);
     n_live, n_colour: how many samples were looked up in the density and in the colour field; of a rendering with a
-    Capacity 0-dim tensors, of how many there was need."""
+    Capacity 0-dim tensors: how many there was need of, n_colour among the live samples that had room."""
 
     rgb: Tensor
     opacity: Tensor

@@ -35,13 +35,9 @@ def first_places(chosen: Tensor, end: Tensor, capacity: int) -> tuple[Tensor, Te
 
     chosen: [K] bool, K >= 1; end: 0-dim int64.
     """
-    place = torch.arange(len(chosen), device=chosen.device)
-    chosen = chosen & (place < end)
-    number = chosen.cumsum(0)
-    # All others share one slot more, which is cut off.
-    slot = torch.where(chosen, number - 1, capacity).clamp_(max=capacity)
-    places = torch.full((capacity + 1,), len(chosen) - 1, device=chosen.device)
-    return places.scatter_(0, slot, place)[:capacity], number[-1]
+    number = (chosen & (torch.arange(len(chosen), device=chosen.device) < end)).cumsum(0)
+    wanted = torch.arange(1, capacity + 1, device=chosen.device)
+    return torch.searchsorted(number, wanted).clamp_(max=len(chosen) - 1), number[-1]
 
 
 class Field(nn.Module):
@@ -140,6 +136,8 @@ class Field(nn.Module):
         """Live samples of the rays: in the box and in the alpha mask. capacity: see `render`."""
         c = self.config
         if c.ndc:
+            if capacity is not None:
+                raise ValueError("march_ndc has no capacity")
             return march_ndc(rays, self.aabb, c.near, c.far, n_samples, jitter, self.alpha_mask)
         march_box, room = self.kernels.rendering.march_box, {} if capacity is None else {"capacity": capacity}
         return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, self.alpha_mask, **room)

@@ -7,6 +7,8 @@ room for more of both than the steps before it needed (a Capacity). A step that 
 it on the optimiser's updates are skipped on the device, until the host has looked and makes these steps again.
 """
 
+import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -41,8 +43,11 @@ def obstacle(field: Field, regularisers: Sequence[Regulariser]) -> str | None:
 
 
 def graph_recorder() -> Record:
-    """Records parts of a step as CUDA graphs, without running them; what it returns replays a part. Parts share their
-    memory: they are to be replayed in the order in which they were recorded."""
+    """Records parts of a step as CUDA graphs, without running them; what it returns replays a part.
+
+    Parts share their memory: they are to be replayed in the order in which they were recorded, and what is read after a
+    part must be held by a name while the later ones are recorded, or these write over it.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def record(part: Part) -> Part:
@@ -92,13 +97,14 @@ class FixedStep:
             for part in parts:
                 part()
         del self.error, self.needs, self.terms, self.gradients, self.ray_loss, self.losses
-        with _counted(device) as self.replayed_bytes:
+        # MB that a replay needs and torch's allocator does not see: what was taken while recording and given back.
+        self.replayed_mb = 0.0
+        with _recording(device):
             self.show, self.learn, self.update = (record(part) for part in parts)
-
-    @property
-    def replayed_mb(self) -> float:
-        """What a replay needs and torch's allocator does not see, MB (2**20 bytes)."""
-        return self.replayed_bytes[0] / 2**20
+        if device.type == "cuda":
+            taken, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+            self.replayed_mb = (taken - kept) / 2**20
+        self.penalties = None  # the trainer's: a circle
 
     def fits(self, pixels: PixelBatch) -> bool:
         """Whether a step can be made of these pixels."""
@@ -144,13 +150,13 @@ class FixedStep:
         groups, optimizer = self.optimizer.param_groups, self.optimizer
         learning = [parameter for group in groups for parameter in group["params"]]
         floats = [group["lr"] for group in groups]
+        optimizer.found_inf = self.stopped
         try:
             capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
             for group, rate in zip(groups, self.rates, strict=True):
                 group["lr"], group["capturable"] = rate, capturing
             for parameter, gradient in zip(learning, self.gradients, strict=False):
                 parameter.grad = gradient
-            optimizer.found_inf = self.stopped
             optimizer.step()
         finally:
             del optimizer.found_inf
@@ -164,6 +170,7 @@ class FixedSteps:
 
     def __init__(self, recorder: Callable[[], Record] = graph_recorder) -> None:
         self.step: FixedStep | None = None
+        self.n_made = 0
         self._recorder, self._idle = recorder, 0
         self._seen: list[tuple[int, int]] = []
 
@@ -187,6 +194,7 @@ class FixedSteps:
 
     def make(self, *given, **more) -> FixedStep:
         """A step with this capacity; given, more: everything else that FixedStep takes, by name."""
+        self.n_made += 1
         self.step = FixedStep(*given, **more, capacity=self.capacity, record=self._recorder())
         return self.step
 
@@ -213,27 +221,42 @@ def _laid_out_as(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
+@functools.cache
+def _trial_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _clear_workspaces() -> None:
+    """Give back cuBLAS's memory, which torch keeps for every stream for good; as torch's own graphs do."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
     """On a stream of its own, as CUDA wants it before a recording; elsewhere nothing special."""
     if device.type != "cuda":
         yield
         return
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream, current = _trial_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
     current.wait_stream(stream)
+    _clear_workspaces()
 
 
 @contextmanager
-def _counted(device: torch.device) -> Iterator[list[int]]:
-    """Bytes that were allocated within, at the most, and are not any more: a list that gets its entry at the end."""
-    counted = []
+def _recording(device: torch.device) -> Iterator[None]:
+    """Without Python's garbage collector, which must not free CUDA's objects within; the allocator's peak begins
+    here. cuBLAS's memory is then the graphs' own. Elsewhere nothing special."""
     if device.type != "cuda":
-        yield counted
-        counted.append(0)
+        yield
         return
+    gc.collect()
+    gc.disable()
     torch.cuda.reset_peak_memory_stats(device)
-    yield counted
-    counted.append(torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
+    try:
+        yield
+    finally:
+        gc.enable()
+    _clear_workspaces()

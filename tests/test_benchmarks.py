@@ -166,7 +166,8 @@ def fake_parts(scene="lego", complete=True, seconds=100.0):
     trained = {"scene": scene, "complete": complete, "train_seconds": seconds, "psnr": 36.5, "peak_memory_mb": 1600.0}
     trained |= {"test_views": 200, "n_iters": 30_000, "scoring_seconds": 0.0}
     ratios = {"time_ratio_twin_over_packed": {"before": 9.0, "after": 7.9}}
-    results = {"step": ratios, "launches": {"full": {"waits_per_step": 2.0}}, "training": trained}
+    waits = {"full": {"waits_per_step": 2.0}, "full, CUDA graphs": {"waits_per_step": 0.07}}
+    results = {"step": ratios, "launches": waits, "training": trained}
     return {name: {"holds": True, "output": [], "seconds": seconds + 20, "result": r} for name, r in results.items()}
 
 
@@ -176,13 +177,13 @@ def verdicts(parts):
 
 def test_targets_are_met_or_missed_or_not_measured():
     missing, not_yet = "not measured (data missing)", "not measured"
-    assert verdicts(fake_parts()) == ["met", "missed", "met", "met", "met", "missed", not_yet]
-    assert "(200 test views)" in gpu_check.targets(fake_parts())[3]["target"]
-    assert verdicts(fake_parts("shapes_400")) == ["met", "missed", "met", *[missing] * 3, not_yet]
+    assert verdicts(fake_parts()) == ["met", "missed", "met", "met", "met", "met", "missed", not_yet]
+    assert "(200 test views)" in gpu_check.targets(fake_parts())[4]["target"]
+    assert verdicts(fake_parts("shapes_400")) == ["met", "missed", "met", "met", *[missing] * 3, not_yet]
     stopped = [not_yet, "missed", not_yet]
-    assert verdicts(fake_parts(complete=False, seconds=240.0)) == ["met", "missed", "met", *stopped, not_yet]
-    assert verdicts(fake_parts(complete=False)) == ["met", "missed", "met", *[not_yet] * 4]
-    assert verdicts({}) == [not_yet] * 7
+    assert verdicts(fake_parts(complete=False, seconds=240.0)) == ["met", "missed", "met", "met", *stopped, not_yet]
+    assert verdicts(fake_parts(complete=False)) == ["met", "missed", "met", "met", *[not_yet] * 4]
+    assert verdicts({}) == [not_yet] * 8
     for report, verdict in ((gpu_check.skipped("not installed"), not_yet), ({"holds": True}, "met")):
         assert verdicts({"compute-sanitizer": report})[-1] == verdict
     assert verdicts({"compute-sanitizer": {"holds": False, "error": "exit code 1"}})[-1] == "missed"
@@ -190,14 +191,14 @@ def test_targets_are_met_or_missed_or_not_measured():
 
 def test_shortened_trainings_fill_the_time_that_is_left_by_a_schedule_of_their_own():
     # 20 s beside 100 s for 30000 steps: of 40 s each, 20 are for training, of which a part is planned.
-    assert gpu_comparison.short_steps(fake_parts()["training"], 120.0) == (3000, 20.0)
-    assert gpu_comparison.short_steps(fake_parts()["training"], 60.0)[0] == 0
+    assert gpu_comparison.short_steps(fake_parts()["training"], 160.0) == (3000, 20.0)
+    assert gpu_comparison.short_steps(fake_parts()["training"], 80.0)[0] == 0
     assert gpu_comparison.short_steps(fake_parts()["training"], -5.0)[0] == 0
     assert gpu_comparison.short_steps(fake_parts(seconds=10.0)["training"], 1e4)[0] == 30_000
     # 90 s beside 100 s, 80 of them for 200 views, of which 25 are enough.
     many = fake_parts()["training"] | {"seconds": 190.0}
     many["result"] |= {"test_views": 200, "scoring_seconds": 80.0}
-    assert gpu_comparison.short_steps(many, 120.0) == (3000, 20.0)
+    assert gpu_comparison.short_steps(many, 160.0) == (3000, 20.0)
     assert gpu_comparison.short_steps({"holds": False, "error": "exit code 1"}, 1e4)[0] == 0
     argv = gpu_comparison.schedule(3000)
     assert argv == [
@@ -292,10 +293,10 @@ def test_all_parts_of_a_full_check_end_in_one_report(tool, monkeypatch, tmp_path
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: tool)
     code, report = run_check(monkeypatch, tmp_path, "--full")
     assert code == 0
-    assert len(report["parts"]) == 8
-    assert len(commands) == (8 if tool else 7)
+    assert len(report["parts"]) == 9
+    assert len(commands) == (9 if tool else 8)
     assert (report["parts"]["compute-sanitizer"].get("skipped") == "not installed") == (tool is None)
-    assert [row["schedule"] for row in report["comparison"]] == ["whole"] * 3
+    assert [row["schedule"] for row in report["comparison"]] == ["whole"] * 4
     assert not any("--n_iters" in command or "--test_every" in command for command in commands)
 
 
@@ -307,12 +308,12 @@ def test_the_default_check_compares_trainings_of_the_same_steps_and_sanitizes_a_
     code, report = run_check(monkeypatch, tmp_path)
     assert code == 0
     trainings = [command for command in commands if "benchmarks.training" in command]
-    assert len(trainings) == 4
+    assert len(trainings) == 5
     assert "--test_every" not in trainings[0]  # all views
     shared = [command[: command.index("--test_every") + 2] for command in trainings[1:]]
-    assert shared[0] == shared[1] == shared[2]
+    assert shared == [shared[0]] * 4
     assert int(shared[0][shared[0].index("--n_iters") + 1]) >= 1000
-    assert [row["schedule"] for row in report["comparison"]] == ["whole", *["short"] * 3]
+    assert [row["schedule"] for row in report["comparison"]] == ["whole", *["short"] * 4]
     assert commands[-1][2] == "/usr/bin/compute-sanitizer"
     assert report["targets"][-1]["verdict"] == "met"
     late = {"holds": False, "error": "took longer than 90 s", "output": []}
