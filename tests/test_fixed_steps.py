@@ -5,6 +5,7 @@ stands for the graphs.
 """
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def replaying(monkeypatch):
     recorder = fixed_steps.graph_recorder if ON_CUDA else tape_recorder(monkeypatch)
 
     class Recorded(Counting):
-        windows = []
+        windows: ClassVar[list] = []
 
         def __init__(self):
             super().__init__(recorder)
