@@ -107,7 +107,8 @@ def train_in(
     found = preflight(options, folder, device)
     found.require_good()
     memory = MemoryMeter(device)
-    with naming_shortage(device, memory, {name: getattr(options, name) for name in LOWER_MEMORY}):
+    lower = [*LOWER_MEMORY, *(["cuda_graphs"] if options.cuda_graphs else [])]
+    with naming_shortage(device, memory, {name: getattr(options, name) for name in lower}):
         perceptual = load_perceptual_metrics(options.lpips_weights, device)
         for line in perceptual.lines:
             say(line)
@@ -483,7 +484,8 @@ class Trainer:
         return max(min(*ends, self.last_iteration) - now, 1)
 
     def advance(self, most: int = 1) -> int:
-        """One step; with --cuda_graphs up to `most`, between which nothing waits for the device. Their losses are kept.
+        """One step; with --cuda_graphs up to `most`, between which only a sampler may wait for the device. Their losses
+        are kept.
 
         Returns how many were made, maybe fewer; the iteration is that of the last one. 0: it is as it was, call again.
         """

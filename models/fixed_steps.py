@@ -1,4 +1,5 @@
-"""Training steps whose shapes are known beforehand: nothing waits for the device, and CUDA replays them as graphs.
+"""Training steps whose shapes are known beforehand, so that CUDA can replay them as graphs and nothing but a sampler
+waits for the device.
 
 Letters: B rays, S sample numbers a ray.
 
@@ -22,9 +23,9 @@ from models.field import Field
 
 # Steps between two looks at what they needed.
 WINDOW = 16
-# A capacity is so many times the needs of so many steps, and some samples more: colours begin with none.
+# A capacity is MARGIN times the most that the last SEEN steps needed, plus LEAST: the first steps have no colours.
 MARGIN, SEEN, LEAST = 1.5, 16, 4096
-# It makes way for another one when less than this part of it would have done for so many steps.
+# It makes way for a smaller one when less than IDLE_SHARE of it would have done for IDLE_STEPS steps.
 IDLE_SHARE, IDLE_STEPS = 0.6, 512
 
 Part = Callable[[], None]
@@ -90,7 +91,8 @@ class FixedStep:
         self.weight = torch.zeros(n_rays, device=device)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self.most = torch.tensor([capacity.live, capacity.coloured], device=device)
-        # 1 while updates are skipped: the trial, which gets out of the way what is made only once, changes nothing.
+        # 1 while updates are skipped. So nothing changes in the trial, which has kernels compiled and handles made
+        # before the recording.
         self.stopped = torch.ones((), device=device)
         parts = [self._show, self._learn, self._update]
         with _beside(device):
@@ -215,7 +217,8 @@ class FixedSteps:
 
 
 def _laid_out_as(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """The gradient as its parameter lies in memory, as backward() leaves it: a fused optimiser reads both in a row."""
+    """The gradient as its parameter lies in memory, as backward() leaves it: a fused optimiser goes through
+    both in the order of memory, whatever their strides."""
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
@@ -248,15 +251,17 @@ def _beside(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _recording(device: torch.device) -> Iterator[None]:
     """Without Python's garbage collector, which must not free CUDA's objects within; the allocator's peak begins
-    here. cuBLAS's memory is then the graphs' own. Elsewhere nothing special."""
+    here. cuBLAS's workspaces, taken anew while recording, stay in the graphs' pool. Elsewhere nothing special."""
     if device.type != "cuda":
         yield
         return
     gc.collect()
+    collecting = gc.isenabled()
     gc.disable()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         yield
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     _clear_workspaces()

@@ -11,6 +11,7 @@ from components.cameras import cast_rays
 from components.pixel_sets import PixelSet, pixel_batch
 from components.regularisers import build_regularisers
 from components.types import Rays
+from models import fixed_steps
 from models.optimizers import make_adam
 from opt import parse_options
 from samplers import SAMPLERS, build_sampler
@@ -135,6 +136,31 @@ def test_a_cuda_run_resumes_and_is_refused_on_the_cpu(data_folder, tmp_path, nam
     results = train.run(o)
     assert results["psnr"] > 10
     assert results["peak_memory_mb"] > results["static_memory_mb"] > 0
+    assert load_checkpoint(latest_checkpoint(run_folder(o)))["iteration"] == 30
+
+
+def test_a_run_replayed_as_graphs_resumes_and_tells_its_memory(data_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(fixed_steps, "SEEN", 2)
+    monkeypatch.setattr(fixed_steps, "LEAST", 64)
+    o = options(data_folder, tmp_path, "syn", "TensorVMSplit", "--device", "cuda", "--cuda_graphs", "1")
+    advance, replayed = train.Trainer.advance, []
+
+    def interrupted(self, most):
+        if self.iteration >= 23:
+            raise KeyboardInterrupt
+        n_steps = advance(self, min(most, 3))
+        replayed.append(self.fixed.step is not None)
+        return n_steps
+
+    monkeypatch.setattr(train.Trainer, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(o)
+    assert any(replayed)
+    monkeypatch.setattr(train.Trainer, "advance", advance)
+    results = train.run(o)
+    assert results["psnr"] > 10
+    assert results["peak_memory_mb"] > results["static_memory_mb"] > 0
+    assert results["step_memory_mb"] > 0
     assert load_checkpoint(latest_checkpoint(run_folder(o)))["iteration"] == 30
 
 

@@ -485,7 +485,8 @@ def test_cuda_takes_triton_where_it_runs():
     kernels._triton.cache_clear()
     chosen = kernels.select(torch.device("cuda"))
     fused = triton_evaluation.weights_until_opaque
-    assert chosen == kernels.Kernels("cuda-triton", triton_lookups, triton_rendering, fused, foreach_l1.l1_norm)
+    expected = ("cuda-triton", triton_lookups, triton_rendering, fused, foreach_l1.l1_norm, True)
+    assert chosen == kernels.Kernels(*expected)
     assert kernels.select(torch.device("cpu")).name != "cuda-triton"
 
 

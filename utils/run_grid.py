@@ -13,8 +13,8 @@ BASELINE = "full"
 # A figure beyond this is no measurement; what is computed with it would only overflow.
 LARGEST_FIGURE = 1e15
 # Options that say nothing about what a run computes: how it was started, where it lies, what is shown and how often.
-HOW_STARTED = ("config", "demo", "check_only", "overwrite", "debug", "device", "seeds", "strategies", "multi_data")
-SWEEP = ("datasets", "compare", "dry_run", "retry_failed", "shard", "gpus", "jobs", "launcher")
+HOW_STARTED = ("config", "demo", "check_only", "overwrite", "debug", "device", "cuda_graphs", "seeds", "strategies")
+SWEEP = ("multi_data", "datasets", "compare", "dry_run", "retry_failed", "shard", "gpus", "jobs", "launcher")
 WHERE = ("save_dir", "up_folder_name", "tag", "data_folder", "lpips_weights")
 SHOWN = ("N_vis", "vis_every", "progress_refresh_rate", "save_every", "eval_chunk")
 OUTPUT = ("render_test", "render_train", "render_path", "render_only", "export_mesh", "export_tensorf")
