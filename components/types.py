@@ -169,7 +169,8 @@ class Sampler(Protocol):
         """Learn from the step: ray_loss [B] is detached, `pixels.xy.grad` is set if xy required a gradient."""
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, the generator included; tensors and plain values only."""
+        """All that a resumed run needs, the generator included; tensors and plain values only, which stay as they are
+        while the sampler goes on: with --cuda_graphs steps may be made again from here."""
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""

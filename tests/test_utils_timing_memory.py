@@ -176,3 +176,18 @@ def test_objects_set_aside_are_looked_at_again_afterwards():
     with objects_set_aside():
         assert gc.get_freeze_count() > 1000
     assert gc.get_freeze_count() == 0
+
+
+def test_memory_that_no_counter_sees_counts_in_the_peak_and_in_its_own_segments_step():
+    meter = MemoryMeter("cpu")
+    meter.start()
+    meter.begin_segment(0.0)
+    before = meter.close_segment(0.0)
+    meter.unseen_mb = 5000.0
+    meter.begin_segment(0.0)
+    assert meter.close_segment(0.0) == pytest.approx(before + 5000.0, abs=500.0)
+    meter.unseen_mb = 0.0
+    meter.begin_segment(0.0)
+    assert meter.close_segment(0.0) < 1000.0
+    assert meter.peak_mb() >= 5000.0
+    assert meter.step_mb() >= 5000.0
