@@ -179,8 +179,9 @@ def march_box(
         t = t + (t_enter - t_enter.detach()).index_select(0, ray)
         origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
         moved = normalise(origins + directions * t[:, None], aabb)
-        nowhere = (position == _NOWHERE).all(-1, keepdim=True)
-        position = moved if n_live is None else torch.where(nowhere, position, moved)
+        if n_live is not None:
+            moved = torch.where((position == _NOWHERE).all(-1, keepdim=True), position, moved)
+        position = moved
     return Samples(ray, t, delta, position, offsets, n_live)
 
 
