@@ -39,8 +39,20 @@ SOME = ["collected_along_rays", "weights_and_their", "composites_and", "until_op
 SOME_SANITIZED = [*PYTEST, "-k", " or ".join([*SOME, "(samples_are_kept and not millions)"])]
 MINIMUM_RATIO, MOST_WAITS = 8.0, {"full": 2.0, "full, CUDA graphs": 0.2}
 LEAST_PSNR, MOST_SECONDS, MOST_MB = 36.4, 120.0, 1536.0
-# What the parts import beside torch and what it brings; without lpips its metric is n/a.
-PACKAGES = ("configargparse", "cv2", "imageio", "kornia", "numpy", "plyfile", "psutil", "pytest", "tensorboard", "tqdm")
+# What the parts import beside what torch brings; without lpips its metric is n/a.
+PACKAGES = (
+    "torch",
+    "configargparse",
+    "cv2",
+    "imageio",
+    "kornia",
+    "numpy",
+    "plyfile",
+    "psutil",
+    "pytest",
+    "tensorboard",
+)
+PACKAGES += ("tqdm",)
 
 
 def missing_packages() -> list[str]:
@@ -205,11 +217,6 @@ def targets(parts: dict) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
-
-    from utils.device import device_name
-    from utils.run_folder import git_commit
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_folder", default="data", help="folder that holds nerf_synthetic/lego")
     parser.add_argument("--train_seconds", type=float, help="seconds of a training that are enough (180; --full: all)")
@@ -218,11 +225,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.train_seconds is None:
         options.train_seconds = NO_LIMIT if options.full else ENOUGH
-    if not torch.cuda.is_available():
-        print("gpu-check: this machine has no CUDA device; nothing was checked", file=sys.stderr)
-        return 2
     if missing := missing_packages():
         print(f"gpu-check: this Python lacks {', '.join(missing)}: pip install -r requirements.txt", file=sys.stderr)
+        return 2
+    import torch
+
+    from utils.device import device_name
+    from utils.run_folder import git_commit
+
+    if not torch.cuda.is_available():
+        print("gpu-check: this machine has no CUDA device; nothing was checked", file=sys.stderr)
         return 2
     facts = {"device": device_name(torch.device("cuda")), "torch": torch.__version__, "commit": git_commit()}
 

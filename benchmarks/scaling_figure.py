@@ -44,7 +44,9 @@ def figure(report: dict):
             panel.set(xlabel=below.format(**report["base"]), ylabel=name)
             panel.grid(alpha=0.3)
             if row == 0:  # the same below
-                panel.legend(fontsize=7)
+                if axis == "batch":  # room for the legend above the curves
+                    panel.set_ylim(top=20 * panel.get_ylim()[1])
+                panel.legend(fontsize=7, loc="upper left" if axis == "batch" else "best")
     facts = f"{report['device']}, torch {report['torch']}, commit {report['commit']}"
     drawing.suptitle(f"{facts}; MB are 2^20 bytes; where it does not vary: {_base(report['base'])}", fontsize=9)
     return drawing
