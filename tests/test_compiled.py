@@ -155,6 +155,25 @@ def test_weights_and_colours_of_rays_equal_the_definition_forward_and_backward(a
         close(ours, definition)
 
 
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("behind", [[], [0.5]])
+@pytest.mark.parametrize("depth", [6.0, 8.0, 12.0, 16.0, 20.0])
+def test_rays_of_opaque_samples_alone_have_the_gradients_of_the_definition(activation, behind, depth):
+    # Of one ray, as its gradient is small beside others'. depth: sigma times the sample's length, here 0.5.
+    density = 2 * torch.tensor([depth, *(depth + more for more in behind)])
+    n = len(density)
+    ones = torch.ones(n)
+    samples = marching.Samples(ones.long() - 1, ones, 0.02 * ones, torch.zeros(n, 3), torch.tensor([0, n]))
+    results = []
+    for module in (compiled_rendering, compositing):
+        feature = (density + 1 if activation == "softplus" else density).requires_grad_()
+        weights = module.ray_weights(feature, samples, activation, -1.0, 25.0)
+        results.append([weights, *torch.autograd.grad(weights, feature, torch.linspace(1, -1, n))])
+    assert results[1][1].any()
+    for ours, definition in zip(*results, strict=True):
+        close(ours, definition)
+
+
 def test_more_samples_than_single_precision_can_number_are_weighed_and_composited():
     counts = torch.full((2**16 + 3,), 256)
     ray, offsets = torch.repeat_interleave(counts), nn.functional.pad(counts.cumsum(0), (1, 0))

@@ -310,6 +310,24 @@ def test_opaque_samples_keep_weights_and_gradients_of_the_definition(activation)
     assert ours[1].isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("behind", [[], [0.5]])
+@pytest.mark.parametrize("depth", [6.0, 8.0, 12.0, 16.0, 20.0])
+def test_rays_of_opaque_samples_alone_have_the_gradients_of_the_definition(activation, behind, depth):
+    # Of one ray, as its gradient is small beside others'. depth: sigma times the sample's length, here 0.5.
+    density = 2 * torch.tensor([depth, *(depth + more for more in behind)], device=DEVICE)
+    samples = random_samples([len(density)])
+    samples = dataclasses.replace(samples, delta=torch.full_like(samples.delta, 0.02))
+    feature = density + 1 if activation == "softplus" else density
+    ours, expected = (
+        weights_and_gradient(rendering, feature, samples, activation, -1.0, 25.0)
+        for rendering in (triton_rendering, torch_rendering)
+    )
+    assert expected[1].any()
+    for actual, definition in zip(ours, expected, strict=True):
+        assert (actual - definition).abs().max() <= 1e-5 * definition.abs().max()
+
+
 def test_faint_samples_are_as_exact_as_double_precision():
     samples = random_samples([50])
     feature = torch.linspace(-12, -6, 50, device=DEVICE)

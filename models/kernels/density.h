@@ -44,9 +44,12 @@ inline float softplus_of(float x) {
     return u == 1 ? e : log_of(u) * (e / (u - 1));
 }
 
-inline float alpha_of(float feature, float distance, bool softplus, float shift) {
+inline float sigma_of(float feature, bool softplus, float shift) {
     const float x = softplus ? feature + shift : feature;
     const float relu = x > 0 ? x : (x == x ? 0 : x);  // NaN stays
-    const float sigma = softplus ? (x > 20 ? x : softplus_of(x)) : relu;
-    return 1 - exp_of(-sigma * distance);
+    return softplus ? (x > 20 ? x : softplus_of(x)) : relu;
+}
+
+inline float alpha_of(float feature, float distance, bool softplus, float shift) {
+    return 1 - exp_of(-sigma_of(feature, softplus, shift) * distance);
 }

@@ -64,7 +64,8 @@ inline void test_candidates(const Rays& rays, const Mask& mask, int64_t ray, int
         live[j] = inside[j] && (!mask.cells || (mask.cells[cell[j]] & mask.allowed[between[j]]));
 }
 
-// Loops of their own, for the compiler's vectoriser: alpha [n], and d (sigma * distance) / d feature [n].
+// Loops of their own, for the compiler's vectoriser: alpha [n], and d alpha / d feature [n]. The latter has
+// exp(-sigma * distance) itself: of an opaque sample, 1 - alpha has lost all digits.
 template <bool SOFTPLUS>
 void alphas(const float* __restrict feature, const float* __restrict delta, int64_t n, float shift, float scale,
             float* __restrict alpha) {
@@ -76,7 +77,8 @@ void slopes(const float* __restrict feature, const float* __restrict delta, int6
             float* __restrict slope) {
     for (int64_t i = 0; i < n; ++i) {
         const float x = feature[i] + shift, e = exp_of(x);
-        slope[i] = delta[i] * scale * (SOFTPLUS ? (x > 20 ? 1 : e / (1 + e)) : feature[i] > 0);
+        const float distance = delta[i] * scale, left = exp_of(-sigma_of(feature[i], SOFTPLUS, shift) * distance);
+        slope[i] = left * distance * (SOFTPLUS ? (x > 20 ? 1 : e / (1 + e)) : feature[i] > 0);
     }
 }
 
@@ -166,10 +168,10 @@ int32_t weights_backward(const float* feature, const float* delta, const int64_t
                 transmittance *= 1 - alpha[begin + i] + 1e-10f;
             }
             for (int64_t i = begin + n - 1; i >= begin; --i) {
-                const float rest = 1 - alpha[i];
-                const float to_alpha = upstream[i] * before[i - begin] - static_cast<float>(later) / (rest + 1e-10f);
+                const float rest = 1 - alpha[i] + 1e-10f;
+                const float to_alpha = upstream[i] * before[i - begin] - static_cast<float>(later) / rest;
                 later += static_cast<double>(upstream[i]) * weights[i];
-                gradient[i] *= to_alpha * rest;
+                gradient[i] *= to_alpha;
             }
         }
     });

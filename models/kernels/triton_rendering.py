@@ -217,11 +217,16 @@ def _opacity(x):
 
 
 @triton.jit
+def _density(f, shift, SOFTPLUS: tl.constexpr):
+    """sigma [BLOCK] of density features f [BLOCK]."""
+    return _softplus(f + shift) if SOFTPLUS else tl.where(f < 0, 0.0, f)  # which keeps NaN
+
+
+@triton.jit
 def opacities(f, delta, i, valid, shift, scale, SOFTPLUS: tl.constexpr):
     """alpha [BLOCK] of samples i with density features f [BLOCK]; 0 where not valid."""
-    sigma = _softplus(f + shift) if SOFTPLUS else tl.where(f < 0, 0.0, f)  # which keeps NaN
     length = tl.load(delta + i, mask=valid, other=0.0) * scale
-    return tl.where(valid, _opacity(sigma * length), 0.0)
+    return tl.where(valid, _opacity(_density(f, shift, SOFTPLUS) * length), 0.0)
 
 
 @triton.jit
@@ -269,13 +274,14 @@ def _weights_backward(
         g = tl.load(upstream + i + 1, mask=after, other=0.0) * tl.load(light + i + 1, mask=after, other=0.0)
         later = carried + tl.cumsum(g * _alpha(feature, delta, i + 1, after, shift, scale, SOFTPLUS), 0)
         valid = i >= begin
-        alpha = _alpha(feature, delta, i, valid, shift, scale, SOFTPLUS)
-        g = tl.load(upstream + i, mask=valid, other=0.0) * tl.load(light + i, mask=valid, other=0.0)
-        to_alpha = g - later / (1 - alpha + 1e-10)
         f = tl.load(feature + i, mask=valid, other=0.0)
-        slope = 1 / (1 + tl.exp(-(f + shift))) if SOFTPLUS else tl.where(f > 0, 1.0, 0.0)
         length = tl.load(delta + i, mask=valid, other=0.0) * scale
-        tl.store(gradient + i, to_alpha * (1 - alpha) * length * slope, mask=valid)
+        depth = _density(f, shift, SOFTPLUS) * length
+        g = tl.load(upstream + i, mask=valid, other=0.0) * tl.load(light + i, mask=valid, other=0.0)
+        to_alpha = g - later / (1 - _opacity(depth) + 1e-10)
+        slope = 1 / (1 + tl.exp(-(f + shift))) if SOFTPLUS else tl.where(f > 0, 1.0, 0.0)
+        # exp(-depth), not 1 - alpha: of that, an opaque sample has lost all digits.
+        tl.store(gradient + i, to_alpha * tl.exp(-depth) * length * slope, mask=valid)
         carried = tl.sum(tl.where(lane == BLOCK - 1, later, 0.0), 0)
 
 
