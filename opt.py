@@ -202,7 +202,9 @@ OPTIONS = {
         Option("overwrite", FLAG, False, "start afresh where a run exists, instead of resuming it"),
         Option("debug", FLAG, False, "full tracebacks for every error, and torch's anomaly detection"),
         Option("device", DEVICE, "auto", "cpu, cuda, cuda:N; auto: CUDA where there is one"),
-        Option("cuda_graphs", SWITCH, 0, "1: replay training steps as CUDA graphs; not for NDC scenes or with TV"),
+        Option(
+            "cuda_graphs", one_of("auto", "0", "1"), "auto", "replay training steps as CUDA graphs; auto: if possible"
+        ),
     ),
     "several runs": (
         Option("seeds", whole(1, 1000), 1, "how many runs: seed .. seed + N - 1"),

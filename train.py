@@ -107,7 +107,7 @@ def train_in(
     found = preflight(options, folder, device)
     found.require_good()
     memory = MemoryMeter(device)
-    lower = [*LOWER_MEMORY, *(["cuda_graphs"] if options.cuda_graphs else [])]
+    lower = [*LOWER_MEMORY, *(["cuda_graphs"] if device.type == "cuda" and options.cuda_graphs != "0" else [])]
     with naming_shortage(device, memory, {name: getattr(options, name) for name in lower}):
         perceptual = load_perceptual_metrics(options.lpips_weights, device)
         for line in perceptual.lines:
@@ -278,7 +278,7 @@ class Trainer:
         self.mask_grid: tuple[int, int, int] | None = None
         self.kept: Tensor | None = None
         self.draws = DrawCounts(self.scene)
-        # With --cuda_graphs: what replays steps.
+        # What replays steps, see --cuda_graphs.
         self.fixed: FixedSteps | None = None
 
         o = options
@@ -540,11 +540,12 @@ class Trainer:
     # --- steps without waits ---
 
     def fixed_steps(self) -> FixedSteps | None:
-        """What replays steps, if that is asked for and possible."""
-        if not self.options.cuda_graphs:
+        """What replays steps, if that is wanted and possible."""
+        wanted = self.options.cuda_graphs
+        if wanted == "0":
             return None
         why = obstacle(self.field, self.regularisers)
-        if why is not None:
+        if why is not None and wanted == "1":
             say(f"--cuda_graphs: {why}; steps are made one by one")
         return FixedSteps() if why is None else None
 

@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--config", "configs/syn.txt", "--nerf_dataset", "demo", "--demo_resolution", "100"]
         argv += ["--data_folder", folder, "--save_dir", folder, "--device", options.device, *options.rest]
-        runs = {strategy: ["--strategy", strategy] for strategy in options.strategies.split(",")}
+        runs = {name: ["--strategy", name, "--cuda_graphs", "0"] for name in options.strategies.split(",")}
         if device.type == "cuda":
             runs["full, CUDA graphs"] = ["--cuda_graphs", "1"]
         for strategy, own in runs.items():

@@ -26,7 +26,7 @@ WINDOW = 16
 # A capacity is MARGIN times the most that the last SEEN steps needed, plus LEAST: the first steps have no colours.
 MARGIN, SEEN, LEAST = 1.5, 16, 4096
 # It makes way for a smaller one when less than IDLE_SHARE of it would have done for IDLE_STEPS steps.
-IDLE_SHARE, IDLE_STEPS = 0.6, 512
+IDLE_SHARE, IDLE_STEPS = 0.7, 32
 
 Part = Callable[[], None]
 Record = Callable[[Part], Part]

@@ -118,7 +118,8 @@ def test_a_cuda_training_learns_as_the_cpu_does(data_folder, tmp_path):  # noqa:
 
 @pytest.mark.parametrize("name", ["syn", "llff"])
 def test_a_cuda_run_resumes_and_is_refused_on_the_cpu(data_folder, tmp_path, name, monkeypatch):  # noqa: F811
-    o = options(data_folder, tmp_path, name, "TensorVMSplit", "--device", "cuda", "--filter_rays", "1")
+    more = ["--filter_rays", "1", "--cuda_graphs", "0"]
+    o = options(data_folder, tmp_path, name, "TensorVMSplit", "--device", "cuda", *more)
     step = train.Trainer.step
 
     def interrupted(self):
@@ -130,7 +131,7 @@ def test_a_cuda_run_resumes_and_is_refused_on_the_cpu(data_folder, tmp_path, nam
     with pytest.raises(KeyboardInterrupt):
         train.run(o)
     monkeypatch.setattr(train.Trainer, "step", step)
-    on_cpu = options(data_folder, tmp_path, name, "TensorVMSplit", "--device", "cpu", "--filter_rays", "1")
+    on_cpu = options(data_folder, tmp_path, name, "TensorVMSplit", "--device", "cpu", *more)
     with pytest.raises(CheckpointError, match="--device cuda"):
         train.run(on_cpu)
     results = train.run(o)

@@ -239,6 +239,7 @@ def test_obstacles_are_named():
 # --- trainings ---
 SHORT = ["--n_iters", "17", "--batch_size", "6", "--upsamp_list", "[11]", "--update_AlphaMask_list", "[6]"]
 SHORT += ["--progress_refresh_rate", "100", "--vis_every", "100", "--save_every", "100", "--device", DEVICE]
+SHORT += ["--cuda_graphs", "0"]
 SHORT += ["--L1_weight_inital", "1e-3", "--L1_weight_rest", "5e-4", "--Ortho_weight", "1e-3"]
 
 
@@ -433,5 +434,5 @@ def test_a_capacity_follows_what_steps_need(monkeypatch):
 
 
 def test_the_option_is_no_part_of_a_runs_identity():
-    assert parse_options(["--demo"]).cuda_graphs == 0
+    assert parse_options(["--demo"]).cuda_graphs == "auto"
     assert "cuda_graphs" in train.RUN_IDENTITY_EXEMPT
