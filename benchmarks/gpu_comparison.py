@@ -1,5 +1,5 @@
-"""What gpu_check.py compares beside full lego: its steps one by one, not as CUDA graphs; half the rays, drawn by `full` and by
-`expansive`."""
+"""What gpu_check.py compares beside full lego: its steps one by one, not as CUDA graphs; half the rays, drawn by `full`
+and by `expansive`."""
 
 from pathlib import Path
 
