@@ -4,9 +4,8 @@ and by `expansive`."""
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WHOLE = "full, 4096 rays"
 COMPARED = {
-    WHOLE: [],
+    "full, 4096 rays": [],
     "full, 4096 rays, step by step": ["--cuda_graphs", "0"],
     "full, 2048 rays": ["--batch_size", "2048"],
     "expansive, es_ratio 0.5": ["--strategy", "expansive", "--es_ratio", "0.5"],
@@ -51,7 +50,7 @@ def comparison(parts: dict) -> list[dict]:
     rows = []
     for kind in ("whole", "short"):
         for name in COMPARED:
-            part = "training" if (kind, name) == ("whole", WHOLE) else name if kind == "whole" else f"short: {name}"
+            part = name if kind == "whole" else f"short: {name}"
             if result := parts.get(part, {}).get("result"):
                 rows.append({"training": name, "schedule": kind, **{key: result.get(key) for key in KEYS}})
     return rows
