@@ -2,11 +2,11 @@
 
     make gpu-check        or, with another Python that has torch and the packages:  python -m benchmarks.gpu_check
 
-Full lego (30000 steps of 4096 rays with --filter_rays 1, scored on all test views that are there; as much of it as fits,
-on the demo scene without lego under --data_folder); benchmarks/kernels.py, step.py and launches.py; the tests marked
-cuda (every kernel and whole renderings against their twins). In the time that is left: full, full without CUDA graphs, full with half the
-rays and expansive with half the rays, all by the same shortened schedule, and compute-sanitizer over some of the
-kernels' tests. --full has no limit of time: step.py with all its variants, the comparison by the whole schedule,
+Full lego (30000 steps of 4096 rays, --filter_rays 1, scored on all test views that are there; as much of it as fits, on
+the demo scene without lego under --data_folder); benchmarks/kernels.py, step.py and launches.py; the tests marked cuda
+(every kernel and whole renderings against their twins). In the time that is left: full, full without CUDA graphs, full
+with half the rays and expansive with half the rays, all by the same shortened schedule, and compute-sanitizer over some
+of the kernels' tests. --full has no limit of time: step.py with all its variants, the comparison by the whole schedule,
 and compute-sanitizer over all of the kernels' tests. Each part runs in a process of its own, and its failure leaves the
 others alone. Writes benchmarks/results/gpu_check.json (or --out) after each part; exits with 1 if a part failed. A part
 for which there is no time, or a target that was missed, is said, but is no failure.
