@@ -496,7 +496,7 @@ class Trainer:
                 fixed.see(*self.needs)
             return 1
         if fixed.step is None:
-            self.fix_step()
+            self.record_step()
         return self.replay(min(most, WINDOW))
 
     def step(self) -> Tensor:
@@ -549,7 +549,7 @@ class Trainer:
             say(f"--cuda_graphs: {why}; steps are made one by one")
         return FixedSteps() if why is None else None
 
-    def fix_step(self) -> None:
+    def record_step(self) -> None:
         """Make what replays steps, for the field and the sampler as they are."""
         o, moment = self.options, self.moment()
         pixels = self.sampler.sample(self.iteration)
@@ -562,7 +562,7 @@ class Trainer:
         self.memory.unseen_mb = step.replayed_mb
         self.open_memory()
 
-    def unfix_step(self) -> None:
+    def forget_step(self) -> None:
         """Before the field or the sampler changes; a new stretch for the memory meter begins."""
         self.close_memory()
         if self.fixed is not None:
@@ -611,7 +611,7 @@ class Trainer:
         if had_room < len(made):
             self.go_back(made[had_room][0])
         if varies:
-            self.unfix_step()
+            self.forget_step()
             self.fixed = None
         self.iteration = first + max(had_room, 1) - 1
         return had_room
@@ -641,7 +641,7 @@ class Trainer:
         if iteration not in o.update_AlphaMask_list and iteration not in o.upsamp_list:
             return
         self.read_losses()  # what is not finite by now is better named than grown
-        self.unfix_step()  # growing counts in the peak, but not in what a step needs
+        self.forget_step()  # growing counts in the peak, but not in what a step needs
         with self.timer.phase("grow"):
             if iteration in o.update_AlphaMask_list:
                 self.update_mask(first=iteration == o.update_AlphaMask_list[0])

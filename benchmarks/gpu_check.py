@@ -41,18 +41,9 @@ MINIMUM_RATIO, MOST_WAITS = 8.0, {"full": 2.0, "full, CUDA graphs": 0.2}
 LEAST_PSNR, MOST_SECONDS, MOST_MB = 36.4, 120.0, 1536.0
 # What the parts import beside what torch brings; without lpips its metric is n/a.
 PACKAGES = (
-    "torch",
-    "configargparse",
-    "cv2",
-    "imageio",
-    "kornia",
-    "numpy",
-    "plyfile",
-    "psutil",
-    "pytest",
-    "tensorboard",
+    *("torch", "configargparse", "cv2", "imageio", "kornia", "numpy"),
+    *("plyfile", "psutil", "pytest", "tensorboard", "tqdm"),
 )
-PACKAGES += ("tqdm",)
 
 
 def missing_packages() -> list[str]:

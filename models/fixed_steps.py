@@ -95,7 +95,7 @@ class FixedStep:
         # before the recording.
         self.stopped = torch.ones((), device=device)
         parts = [self._show, self._learn, self._update]
-        with _beside(device):
+        with _on_a_side_stream(device):
             for part in parts:
                 part()
         del self.error, self.needs, self.terms, self.gradients, self.ray_loss, self.losses
@@ -200,7 +200,7 @@ class FixedSteps:
         self.step = FixedStep(*given, **more, capacity=self.capacity, record=self._recorder())
         return self.step
 
-    def judge(self, needs: list[tuple[int, int]]) -> int:
+    def judge(self, needs: Sequence[Sequence[int]]) -> int:
         """How many of a window's steps had room; if not all, or if much less would do, the FixedStep is given up."""
         room = self.step.capacity
         for number, (n_live, n_colour) in enumerate(needs):
@@ -235,8 +235,8 @@ def _clear_workspaces() -> None:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """On a stream of its own, as CUDA wants it before a recording; elsewhere nothing special."""
+def _on_a_side_stream(device: torch.device) -> Iterator[None]:
+    """As CUDA wants it before a recording; elsewhere nothing special."""
     if device.type != "cuda":
         yield
         return
