@@ -171,7 +171,9 @@ class Field(nn.Module):
         view = rays.directions
         if c.ndc:
             view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
-        colour = self.colours(samples.position.index_select(0, coloured), view, samples.ray.index_select(0, coloured))
+        known = None if capacity is None else n_colour
+        position, ray = (x.index_select(0, coloured) for x in (samples.position, samples.ray))
+        colour = self.colours(position, view, ray, known)
         rgb, opacity, distance = rendering.composite(weights, samples, coloured, colour)
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
         depth = distance + (1.0 - opacity.detach()) * c.far
@@ -185,8 +187,9 @@ class Field(nn.Module):
             return fused(*self.density_factors(), samples, *activation)
         return self.kernels.rendering.ray_weights(self.density_feature(samples.position), samples, *activation)
 
-    def colours(self, position: Tensor, view: Tensor, ray: Tensor) -> Tensor:
+    def colours(self, position: Tensor, view: Tensor, ray: Tensor, count: Tensor | None = None) -> Tensor:
         """rgb [Kc, 3] at normalised positions [Kc, 3], seen along the unit directions view[ray]; view [B, 3].
+        count: None, or how many of them are somebody's, 0-dim int64; the others' may be anything finite.
 
         A network's activations are a hundred times larger than what goes in and comes out: they are computed again
         in backward, a chunk of samples at a time, instead of being stored for all.
@@ -194,8 +197,10 @@ class Field(nn.Module):
         given = (*self.appearance_factors(), self.basis_mat.weight, position, view)
         if compiled_network.serves(self.renderModule, *given[0], *given[1], *given[2:]):
             return compiled_network.colours(self.renderModule, *given, ray)
+        features, network = self.appearance_feature(position), self.kernels.network
+        if network is not None and network.takes(self.renderModule, features, view):
+            return network.colours(self.renderModule, features, view, ray, count)
         size = _COLOUR_CHUNK.get(position.device.type, _OTHER_COLOUR_CHUNK)
-        features = self.appearance_feature(position)
         return in_chunks(self.renderModule, size, features, view.index_select(0, ray), position)
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:

@@ -11,12 +11,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from models.kernels import triton_common, triton_evaluation, triton_lookups, triton_rendering
+from models.kernels import triton_common, triton_evaluation, triton_lookups, triton_network, triton_rendering
 
 # Types of the parameters; what is not here and not a size is a pointer to float32.
 LONGS = ["n_candidates", "counts", "offsets", "rays", "coloured", "coloured_offsets"]
 TYPES = {**dict.fromkeys(LONGS, "*i64"), **dict.fromkeys(("cells", "allowed"), "*u8")}
+TYPES |= dict.fromkeys(("ray", "count"), "*i64") | dict.fromkeys(("begin", "end"), "i32")
 TYPES |= {"n": "i32", "n_samples": "i32", "step": "fp32", "shift": "fp32", "opaque": "fp32"}
+# Bytes of shared memory that a program may have on an H100.
+SHARED = 227 << 10
 
 
 def compiled(kernel, capability: int, constants: dict, types=(), **options) -> str:
@@ -26,13 +29,28 @@ def compiled(kernel, capability: int, constants: dict, types=(), **options) -> s
     types = {**TYPES, **{name: "i32" for name in names if name.startswith("size_")}, **dict(types)}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    result = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+    if result.metadata.shared > SHARED:
+        raise SystemExit(f"{kernel.__name__} needs {result.metadata.shared} bytes of shared memory: {constants}")
     print(f"compiled {kernel.__name__} for {capability}: {constants}")
-    return ptx
+    return result.asm["ptx"]
+
+
+def compile_network(capability: int) -> None:
+    """The colour network's kernels for a usual and an odd network, in all precisions; they must fit into an H100's
+    shared memory."""
+    usual = {"F": 27, "FEA_PE": 2, "VIEW_PE": 2, "WIDTH": 150, "H": 128, "F2": 32, "V2": 16, "H2": 128}
+    odd = {"F": 64, "FEA_PE": 0, "VIEW_PE": 10, "WIDTH": 127, "H": 100, "F2": 64, "V2": 64, "H2": 128}
+    network = triton_network
+    kernels = (network._network_forward, network._hidden_gradients, network._input_gradients)
+    for sizes, precision in ((usual, "tf32"), (usual, "bf16"), (usual, "tf32x3"), (odd, "tf32"), (odd, "tf32x3")):
+        for kernel, rows in zip(kernels, (network._ROWS, network._HIDDEN_ROWS, network._INPUT_ROWS), strict=True):
+            flags = {"COUNTED": precision == "tf32", "VIEW": precision != "tf32", "PRECISION": precision, "P": rows}
+            compiled(kernel, capability, sizes | flags, **network._LAUNCH)
 
 
 def main() -> None:
-    warp, exact = {"num_warps": triton_rendering._WARPS}, {"enable_fp_fusion": False}
+    warp, exact = {"num_warps": triton_rendering._WARPS}, triton_common.UNFUSED
     block = {"BLOCK": triton_rendering._BLOCK}
     for capability in map(int, sys.argv[1:]):
         compiled(triton_common._number, capability, {}, {"out": "*i64"})
@@ -63,6 +81,8 @@ def main() -> None:
                 continue
             for kernel in (triton_rendering._weights_forward, triton_rendering._weights_backward):
                 compiled(kernel, capability, {"SOFTPLUS": not flag} | block, {"scale": "fp32"}, **warp)
+        if capability == 90:  # the only one that triton_network knows
+            compile_network(capability)
         compiled(triton_rendering._composite_forward, capability, block, **warp)
         compiled(triton_rendering._composite_backward, capability, {"BLOCK": triton_rendering._FLAT_BLOCK})
 

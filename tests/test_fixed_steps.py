@@ -30,7 +30,7 @@ from tests.test_training import data_folder, options  # noqa: F401 - data_folder
 from utils.memory import MemoryMeter
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from models.kernels import triton_evaluation, triton_lookups, triton_rendering
+from models.kernels import triton_evaluation, triton_lookups, triton_network, triton_rendering
 from tests.tape import tape_recorder
 
 ON_CUDA = torch.cuda.is_available()
@@ -43,6 +43,7 @@ TRITON = kernels.Kernels(
     triton_evaluation.weights_until_opaque,
     foreach_l1.l1_norm,
     fixed_shapes=True,
+    network=triton_network,
 )
 
 
@@ -57,6 +58,8 @@ def _as_on_cuda(monkeypatch):
     monkeypatch.setattr(triton_lookups, "_GRADIENT_TILE", 1 << 11)
     monkeypatch.setattr(triton_rendering, "_BLOCK", 64)
     monkeypatch.setattr(triton_rendering, "_FLAT_BLOCK", 1 << 10)
+    for rows in ("_ROWS", "_HIDDEN_ROWS", "_INPUT_ROWS"):
+        monkeypatch.setattr(triton_network, rows, 512)
     monkeypatch.setattr("models.field._COLOUR_CHUNK", {})
     monkeypatch.setattr(kernels, "select", lambda device: TRITON)
     monkeypatch.setattr(compiled_network, "serves", lambda *given: False)
@@ -197,7 +200,7 @@ def test_a_recorded_step_takes_nothing_from_the_host(monkeypatch, moving):
         optimizer.state[parameter] = {"step": torch.zeros((), device="meta"), **moments}
     updates = []
     monkeypatch.setattr(torch, "_fused_adam_", lambda *_, **given: updates.append((given["lr"], given["found_inf"])))
-    for module in (triton_lookups, triton_rendering):
+    for module in (triton_lookups, triton_network, triton_rendering):
         monkeypatch.setattr(module, "serves", lambda *_: True)
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda *_, **__: None)
     xy = torch.zeros(64, 2, device="meta").requires_grad_(moving)

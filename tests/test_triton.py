@@ -4,6 +4,7 @@ The interpreter takes some hundred microseconds an operation, so there tiles are
 it is sequential, so it cannot show races. The last test compiles every kernel for real GPUs, without one.
 """
 
+import copy
 import dataclasses
 import os
 import random
@@ -25,7 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from models.kernels import triton_common, triton_evaluation, triton_lookups, triton_rendering
+from models.kernels import triton_common, triton_evaluation, triton_lookups, triton_network, triton_rendering
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
@@ -60,19 +61,23 @@ def moved(case, positions=True):
     return case
 
 
-def placed_exactly(case):
-    """The case with coordinates that are multiples of 2^-11: where they lie between grid points is exact in float32,
-    so whether a compiler fuses (x + 1)/2 * (size - 1) with what follows makes no difference. In large grids it would
-    make more than the tolerance."""
-    case.xyz = (case.xyz * 2048).round() / 2048
-    return case
+def on_the_cpu(case):
+    """A copy of a case, for the definition: only on a CPU is it known how torch rounds where a point lies."""
+    twin = copy.copy(case)
+    own = lambda x: x.detach().cpu().requires_grad_(x.requires_grad)  # noqa: E731
+    twin.planes, twin.lines = list(map(own, case.planes)), list(map(own, case.lines))
+    twin.basis, twin.xyz, twin.upstream = own(case.basis), own(case.xyz), case.upstream.cpu()
+    twin.leaves = [*twin.planes, *twin.lines, twin.basis, *([twin.xyz] if case.xyz.requires_grad else [])]
+    return twin
 
 
 def check(case):
+    twin = on_the_cpu(case)
     with torch.no_grad():
-        ours, definition = case.outputs(triton_lookups), case.outputs(torch_lookups)
-    assert_equal_up_to_rounding(ours, definition, torch.float32)
-    assert_equal_up_to_rounding(case.gradients(triton_lookups), case.gradients(torch_lookups), torch.float32)
+        ours, definition = case.outputs(triton_lookups), twin.outputs(torch_lookups)
+    assert_equal_up_to_rounding([x.cpu() for x in ours], definition, torch.float32)
+    ours = [x.cpu() for x in case.gradients(triton_lookups)]
+    assert_equal_up_to_rounding(ours, twin.gradients(torch_lookups), torch.float32)
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
@@ -87,8 +92,7 @@ def check(case):
     ],
 )
 def test_values_and_gradients_equal_the_definition(model, n_points, grid, counts):
-    case = Case(model, n_points, n_points, grid, counts)
-    check(moved(placed_exactly(case) if max(grid) > 100 else case))
+    check(moved(Case(model, n_points, n_points, grid, counts)))
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
@@ -98,7 +102,7 @@ def test_values_and_gradients_equal_the_definition_for_random_shapes(model, seed
     grid = tuple(rng.choice([2, rng.randint(2, 400)]) for _ in range(3))
     counts = tuple(rng.choice([1, rng.randint(2, 96), rng.randint(2, 96)]) for _ in range(3))
     n_points = rng.randint(2, 50_000 if ON_CUDA else 40)
-    check(moved(placed_exactly(Case(model, seed, n_points, grid, counts))))
+    check(moved(Case(model, seed, n_points, grid, counts)))
 
 
 @pytest.mark.parametrize("model", ["VM", "CP"])
@@ -183,16 +187,16 @@ def test_more_points_than_single_precision_can_number_are_looked_up(model):
     values = torch.randn(len(some), 8, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
     few = moved(Case(model, 6, 1, (40, 33, 21), (2, 1, 3)), positions=False)
     few.xyz, few.upstream = case.xyz[some].requires_grad_(), values
-    few.leaves.append(few.xyz)
+    few = on_the_cpu(few)
     case.upstream = torch.zeros(n_points, 8, device=DEVICE).index_copy_(0, some, values)
     case.xyz.requires_grad_()
     case.leaves.append(case.xyz)
     with torch.no_grad():
-        ours = [x[some] for x in case.outputs(triton_lookups)]
+        ours = [x[some].cpu() for x in case.outputs(triton_lookups)]
         assert_equal_up_to_rounding(ours, few.outputs(torch_lookups), torch.float32)
-    ours = list(case.gradients(triton_lookups))
+    ours = [x.cpu() for x in case.gradients(triton_lookups)]
     assert ours[-1].count_nonzero() <= 3 * len(some)
-    ours[-1] = ours[-1][some]
+    ours[-1] = ours[-1][some.cpu()]
     assert_equal_up_to_rounding(ours, few.gradients(torch_lookups), torch.float32)
 
 
@@ -399,34 +403,62 @@ def test_more_samples_than_single_precision_can_number_are_weighed_and_composite
 
 
 # --- evaluation: lookups and weights together, until a ray is opaque ---
-def weighed(field, samples, fused):
-    """Weights of the samples, by the kernel of evaluations or by the definition."""
+def weighed(field, samples, fused, double=False):
+    """Weights of the samples, by the kernel of evaluations or by the definition on the CPU, maybe in double
+    precision."""
     activation = (field.config.density_activation, field.config.density_shift, field.config.distance_scale)
+    planes, lines = field.density_factors()
     with torch.no_grad():
         if fused:
-            return triton_evaluation.weights_until_opaque(*field.density_factors(), samples, *activation)
-        planes, lines = field.density_factors()
-        features = torch_lookups.vm_density(planes, lines, samples.position) if planes else None
-        features = torch_lookups.cp_density(lines, samples.position) if features is None else features
-        return torch_rendering.ray_weights(features, samples, *activation)
+            return triton_evaluation.weights_until_opaque(planes, lines, samples, *activation).cpu()
+        own = lambda x: x.detach().cpu().double() if double else x.detach().cpu()  # noqa: E731
+        planes, lines, position = [own(x) for x in planes], [own(x) for x in lines], own(samples.position)
+        definition = torch_lookups
+        features = definition.vm_density(planes, lines, position) if planes else definition.cp_density(lines, position)
+        parts = {name: getattr(samples, name).cpu() for name in ("ray", "offsets")}
+        parts |= {name: own(getattr(samples, name)) for name in ("t", "delta")}
+        return torch_rendering.ray_weights(features, Samples(position=position, **parts), *activation)
+
+
+def opaque_case(model, density, scale, exact=False):
+    """(field, samples): lines times `scale`, with which many rays become opaque if it is large. exact: all numbers are
+    such that features have no rounding, in whatever order they are summed."""
+    field = random_field(4, model, masked=False).to(DEVICE)
+    field.config = dataclasses.replace(field.config, density_activation=density)
+    with torch.no_grad():
+        for factors in field.density_factors() if exact else []:
+            for factor in factors:
+                factor.copy_((2 * factor).round() / 2)
+        for line in field.density_line:
+            line.mul_(scale)
+    rays = random_rays(4, 500 if ON_CUDA else 7)
+    samples = marched(torch_rendering, field, Rays(rays.origins.to(DEVICE), rays.directions.to(DEVICE)))
+    if exact:  # a quarter of a cell, as all numbers of cells are even
+        assert all(n % 2 for n in field.grid_size)
+        samples.position.copy_((4 * samples.position).round() / 4)
+    assert samples.offsets.diff().max() > triton_evaluation._SEGMENT
+    return field, samples
 
 
 @pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
 @pytest.mark.parametrize("density", ["softplus", "relu"])
-@pytest.mark.parametrize("scale", [0.03, 30.0])
-def test_weights_until_opaque_equal_the_definitions(model, density, scale):
-    field = random_field(4, model, masked=False).to(DEVICE)
-    field.config = dataclasses.replace(field.config, density_activation=density)
-    rays = random_rays(4, 500 if ON_CUDA else 7)
-    with torch.no_grad():
-        for line in field.density_line:
-            line.mul_(scale)  # 30: many rays become opaque
-    samples = marched(torch_rendering, field, Rays(rays.origins.to(DEVICE), rays.directions.to(DEVICE)))
+@pytest.mark.parametrize(("scale", "exact"), [(0.03, False), (32.0, True)])
+def test_weights_until_opaque_equal_the_definitions(model, density, scale, exact):
+    field, samples = opaque_case(model, density, scale, exact)
     ours, expected = (weighed(field, samples, fused) for fused in (True, False))
-    assert samples.offsets.diff().max() > triton_evaluation._SEGMENT
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
-    opaque = torch.zeros(len(rays), device=DEVICE).index_add_(0, samples.ray, expected) > 0.999
+    opaque = torch.zeros(samples.n_rays).index_add_(0, samples.ray.cpu(), expected) > 0.999
     assert opaque.any() if scale > 1 else not opaque.all()
+
+
+@pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
+@pytest.mark.parametrize("density", ["softplus", "relu"])
+def test_weights_until_opaque_are_as_exact_as_the_definition_where_features_are_in_the_hundreds(model, density):
+    # There the order of a feature's sum alone changes weights by 1e-4: torch's grid_sample and its gathers differ so.
+    field, samples = opaque_case(model, density, 30.0)
+    exact = weighed(field, samples, False, double=True).float()
+    ours, single = ((weighed(field, samples, fused) - exact).abs().max() for fused in (True, False))
+    assert ours < 2 * single + 2e-6
 
 
 @pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])
@@ -503,7 +535,7 @@ def test_cuda_takes_triton_where_it_runs():
     kernels._triton.cache_clear()
     chosen = kernels.select(torch.device("cuda"))
     fused = triton_evaluation.weights_until_opaque
-    expected = ("cuda-triton", triton_lookups, triton_rendering, fused, foreach_l1.l1_norm, True)
+    expected = ("cuda-triton", triton_lookups, triton_rendering, fused, foreach_l1.l1_norm, True, triton_network)
     assert chosen == kernels.Kernels(*expected)
     assert kernels.select(torch.device("cpu")).name != "cuda-triton"
 
@@ -536,4 +568,4 @@ def test_every_kernel_compiles_for_gpus_and_marching_fuses_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.compile_triton", "80", "90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2 * 21
+    assert done.stdout.count("compiled") == 2 * 21 + 15

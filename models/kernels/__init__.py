@@ -34,7 +34,7 @@ class Kernels:
     """A backend. name: for results.json; lookups: vm_density, vm_appearance, cp_density, cp_appearance; rendering:
     march_box, ray_weights, composite; weights_until_opaque: lookups and ray_weights in one where no gradient is asked
     for, if the backend has it; l1_norm: of lists of planes and lines, see components.regularisers; fixed_shapes:
-    whether march_box takes a capacity, see Field.render."""
+    whether march_box takes a capacity, see Field.render; network: the shading's network, if the backend has it."""
 
     name: str
     lookups: ModuleType
@@ -42,6 +42,7 @@ class Kernels:
     weights_until_opaque: Callable[..., Tensor] | None = None
     l1_norm: Callable[[list[Tensor], list[Tensor]], Tensor] = regularisers.l1_norm
     fixed_shapes: bool = False
+    network: ModuleType | None = None
 
 
 def select(device: torch.device) -> Kernels:
@@ -51,13 +52,14 @@ def select(device: torch.device) -> Kernels:
         return Kernels("cpu-compiled", compiled_lookups, compiled_rendering, *fused)
     if device.type == "cuda" and (modules := _triton()) is not None:
         fused = (modules[2].weights_until_opaque, foreach_l1.l1_norm)
-        return Kernels("cuda-triton", *modules[:2], *fused, fixed_shapes=True)
+        return Kernels("cuda-triton", *modules[:2], *fused, fixed_shapes=True, network=modules[3])
     return Kernels("torch-gather", gather_lookups, torch_rendering)
 
 
 @functools.cache
-def _triton() -> tuple[ModuleType, ModuleType, ModuleType] | None:
-    """(lookups, rendering, evaluation) in Triton; None, and one line that says why, where it is missing or cannot run.
+def _triton() -> tuple[ModuleType, ...] | None:
+    """(lookups, rendering, evaluation, network) in Triton; None, and one line that says why, where it is missing or
+    cannot run.
 
     Triton needs a C compiler for its launchers and a GPU that it knows, which a first launch finds out.
     """
@@ -68,6 +70,6 @@ def _triton() -> tuple[ModuleType, ModuleType, ModuleType] | None:
         reason = " ".join(str(error).split())[:200]
         say(f"Triton's kernels cannot be used ({reason}): torch's serve, more slowly and with more memory")
         return None
-    from models.kernels import triton_evaluation, triton_lookups, triton_rendering
+    from models.kernels import triton_evaluation, triton_lookups, triton_network, triton_rendering
 
-    return triton_lookups, triton_rendering, triton_evaluation
+    return triton_lookups, triton_rendering, triton_evaluation, triton_network

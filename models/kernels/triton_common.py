@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Read once, as Triton does when it decorates a kernel.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Options of a launch whose kernel rounds after every operation, as torch does, but where it says tl.fma.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def serves(*tensors: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components.marching import Samples
 from models.kernels import triton_lookups, triton_rendering
-from models.kernels.triton_common import serves
+from models.kernels.triton_common import UNFUSED, serves
 from models.kernels.triton_lookups import Call, cp_products, vm_products
 from models.kernels.triton_rendering import opacities
 
@@ -92,7 +92,7 @@ def weights_until_opaque(
         numbers = (float(shift), float(scale), _OPAQUE)
         given = (samples.position.contiguous(), samples.delta.contiguous(), samples.offsets, *numbers)
         factors = (*call.factors, *call.sizes, *call.counts, *call.padded)
-        options = {"SOFTPLUS": activation == "softplus", "SEGMENT": _SEGMENT}
+        options = {"SOFTPLUS": activation == "softplus", "SEGMENT": _SEGMENT} | UNFUSED
         with torch.cuda.device_of(weights):
             kernel[(samples.n_rays,)](weights, *given, *factors, **options)
     return weights

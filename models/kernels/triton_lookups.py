@@ -7,6 +7,9 @@ a table, a line being a table with size_v = 1; fu, fv shares of the upper neighb
 Anything that is not float32 on CUDA takes gather_lookups' way. Nothing of size [K, C] is kept: density sums in
 registers, appearance writes the products of a chunk of points, which backward computes again.
 
+Where a point lies between grid points is rounded as torch rounds it on a CPU, for which a compiler must not fuse
+products and sums (UNFUSED); where they may be fused, tl.fma says so.
+
 Backward: points come along rays, about two samples a cell. So each row of a tile walks LENGTH consecutive points and
 collects the gradients of its cell's corners in registers; only when it enters another cell they go to memory, with
 one atomic addition a corner. The order of these additions, hence the last bits of the gradients, may vary.
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels import gather_lookups
-from models.kernels.triton_common import numbered, power_of_two, serves
+from models.kernels.triton_common import UNFUSED, numbered, power_of_two, serves
 
 # Values of a tile [P, C2]: 8 a thread (4 warps, Triton's default) where they are only read, 4 where 6 accumulators
 # of the same shape must stay in registers.
@@ -91,7 +94,7 @@ def _read_plane(plane, u, v, size_u, size_v, C: tl.constexpr, C2: tl.constexpr):
 @triton.jit
 def _between(lower, upper, share):
     """[P, C2]: linear interpolation of values [P, C2]; share [P]."""
-    return lower * (1 - share)[:, None] + upper * share[:, None]
+    return tl.fma(upper, share[:, None], lower * (1 - share)[:, None])
 
 
 @triton.jit
@@ -238,17 +241,17 @@ def _vm_gradients(
         moved = (u != cell_u) | (v != cell_v)
         _add_plane(plane_gradient, a00, a10, a01, a11, moved, cell_u, cell_v, size_u, size_v, C, C2)
         same = ~moved[:, None]
-        a00 = tl.where(same, a00, 0.0) + to_plane * ((1 - fu) * (1 - fv))[:, None]
-        a10 = tl.where(same, a10, 0.0) + to_plane * (fu * (1 - fv))[:, None]
-        a01 = tl.where(same, a01, 0.0) + to_plane * ((1 - fu) * fv)[:, None]
-        a11 = tl.where(same, a11, 0.0) + to_plane * (fu * fv)[:, None]
+        a00 = tl.fma(to_plane, ((1 - fu) * (1 - fv))[:, None], tl.where(same, a00, 0.0))
+        a10 = tl.fma(to_plane, (fu * (1 - fv))[:, None], tl.where(same, a10, 0.0))
+        a01 = tl.fma(to_plane, ((1 - fu) * fv)[:, None], tl.where(same, a01, 0.0))
+        a11 = tl.fma(to_plane, (fu * fv)[:, None], tl.where(same, a11, 0.0))
         cell_u, cell_v = u, v
 
         moved = w != cell_w
         _add_line(line_gradient, a0, a1, moved, cell_w, size_w, C, C2)
         same = ~moved[:, None]
-        a0 = tl.where(same, a0, 0.0) + to_line * (1 - fw)[:, None]
-        a1 = tl.where(same, a1, 0.0) + to_line * fw[:, None]
+        a0 = tl.fma(to_line, (1 - fw)[:, None], tl.where(same, a0, 0.0))
+        a1 = tl.fma(to_line, fw[:, None], tl.where(same, a1, 0.0))
         cell_w = w
     everyone = walk >= 0
     _add_plane(plane_gradient, a00, a10, a01, a11, everyone, cell_u, cell_v, size_u, size_v, C, C2)
@@ -261,8 +264,8 @@ def _collect(gradient, a0, a1, added, w, fw, cell, size, C: tl.constexpr, C2: tl
     moved = w != cell
     _add_line(gradient, a0, a1, moved, cell, size, C, C2)
     same = ~moved[:, None]
-    a0 = tl.where(same, a0, 0.0) + added * (1 - fw)[:, None]
-    a1 = tl.where(same, a1, 0.0) + added * fw[:, None]
+    a0 = tl.fma(added, (1 - fw)[:, None], tl.where(same, a0, 0.0))
+    a1 = tl.fma(added, fw[:, None], tl.where(same, a1, 0.0))
     return a0, a1
 
 
@@ -399,7 +402,8 @@ class Call:
         if len(xyz):
             kernel = _vm_forward if self.vm else _cp_forward
             arguments = (*self.factors, *self.sizes, *self.counts, *self.padded)
-            kernel[(triton.cdiv(len(xyz), self.points),)](out, xyz, len(xyz), *arguments, SUM=summed, P=self.points)
+            options = {"SUM": summed, "P": self.points} | UNFUSED
+            kernel[(triton.cdiv(len(xyz), self.points),)](out, xyz, len(xyz), *arguments, **options)
         return out
 
     def scatter(self, xyz: Tensor, upstream: Tensor, gradients: Sequence[Tensor], summed: bool) -> None:
@@ -410,7 +414,8 @@ class Call:
         offset = 0
         for mode, (count, padded) in enumerate(zip(self.counts, self.padded, strict=True)):
             walks = max(_GRADIENT_TILE // padded, 1)
-            grid, shape = (triton.cdiv(n, walks * _LENGTH),), {"C": count, "C2": padded, "P": walks, "LENGTH": _LENGTH}
+            grid = (triton.cdiv(n, walks * _LENGTH),)
+            shape = {"C": count, "C2": padded, "P": walks, "LENGTH": _LENGTH} | UNFUSED
             if self.vm:
                 pair, sizes = slice(2 * mode, 2 * mode + 2), self.sizes[3 * mode : 3 * mode + 3]
                 axes = dict(zip("UVW", ((0, 1, 2), (0, 2, 1), (1, 2, 0))[mode], strict=True))
@@ -426,7 +431,7 @@ class Call:
         if len(xyz):
             kernel, grid = (_vm_positions if self.vm else _cp_positions), (triton.cdiv(len(xyz), self.points),)
             arguments = (*self.factors, *self.sizes, *self.counts, *self.padded)
-            kernel[grid](gradient, upstream, xyz, len(xyz), *arguments, SUM=summed, P=self.points)
+            kernel[grid](gradient, upstream, xyz, len(xyz), *arguments, SUM=summed, P=self.points, **UNFUSED)
         return gradient
 
 

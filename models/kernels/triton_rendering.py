@@ -4,7 +4,7 @@ Letters: B rays, K samples, Kc coloured ones, k sample number, u jitter, T trans
 a ray and goes along it BLOCK numbers or samples at a time, so nothing as long as all candidates is ever stored.
 
 march_box keeps exactly the definition's samples: the same float32 expressions in the same order, without fused
-multiply-adds (enable_fp_fusion=False) and without Triton's `/`, which is not rounded correctly. Weights are running
+multiply-adds (UNFUSED) and without Triton's `/`, which is not rounded correctly. Weights are running
 products in float32, as the reference's cumprod. Anything that is not float32 on CUDA takes torch_rendering's way.
 
 With a capacity (see components.marching.Samples.n_live) marching does not wait for the device.
@@ -20,7 +20,7 @@ from components.marching import Mask, Samples, box_intersection, candidate_count
 from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.kernels import torch_rendering
-from models.kernels.triton_common import numbered, serves
+from models.kernels.triton_common import UNFUSED, numbered, serves
 
 # Candidates or samples of a ray at once, 4 a thread of its warp; coloured samples of a program, 8 a thread.
 _BLOCK, _WARPS = 128, 1
@@ -164,7 +164,7 @@ def march_box(
             masked = (mask.cells.contiguous(), mask.allowed, mask.scale, mask.aabb.contiguous(), *mask.grid_size)
         arguments = (n_candidates, t_enter.contiguous(), u, origins, directions, float(step), aabb, *masked)
         options = {"JITTERED": jitter is not None, "MASKED": mask is not None, "BLOCK": _BLOCK}
-        options |= {"num_warps": _WARPS, "enable_fp_fusion": False}
+        options |= {"num_warps": _WARPS} | UNFUSED
         offsets = torch.zeros(len(rays) + 1, dtype=torch.int64, device=aabb.device)
         counts = torch.empty_like(n_candidates)
         _count[(len(rays),)](counts, *arguments, **options)
