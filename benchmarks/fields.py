@@ -4,11 +4,13 @@
 and 45 to 50 density lookups a ray, as a lego field trained at 200x200 has.
 """
 
+from dataclasses import replace
+
 import torch
 
 from components.cameras import rays_of
 from components.regularisers import l1_norm
-from components.types import Rays, Scene
+from components.types import PixelBatch, Rays, Scene
 from models import FieldConfig, build_field
 from models.field import Field
 from models.growth import shrink, update_alpha_mask
@@ -19,6 +21,8 @@ CONFIG = FieldConfig("TensorVMSplit", (16, 16, 16), (48, 48, 48), near=2.0, far=
 # Blobs of the trained field: their number a mode, and what makes them as dense and as large as lego.
 BLOBS, PEAK, WIDTH = 6, 18.0, 0.0875
 PICTURES = 16
+# Side of the pictures that rays are drawn from.
+PIXELS = 200
 
 
 def cameras(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -38,14 +42,26 @@ def intrinsics(size: int) -> torch.Tensor:
     return torch.tensor([1.389 * size, 1.389 * size, size / 2, size / 2])
 
 
-def camera_rays(n_rays: int, seed: int, device: torch.device | str = "cpu") -> Rays:
-    """Rays through random pixels of 100 cameras."""
-    generator, size = torch.Generator().manual_seed(seed), 200
+def camera_pixels(n_rays: int, seed: int) -> tuple[torch.Tensor, PixelBatch]:
+    """(poses of 100 cameras, random pixels of their pictures of PIXELS x PIXELS)."""
+    generator = torch.Generator().manual_seed(seed)
     c2w = cameras(100, generator)
     chosen = torch.randint(100, (n_rays,), generator=generator)
-    xy = torch.rand(n_rays, 2, generator=generator) * size
-    rays = rays_of(xy, c2w[chosen], intrinsics(size).expand(n_rays, 4), size, size, ndc=False)
+    return c2w, PixelBatch(chosen, torch.rand(n_rays, 2, generator=generator) * PIXELS)
+
+
+def camera_rays(n_rays: int, seed: int, device: torch.device | str = "cpu") -> Rays:
+    """Rays through random pixels of 100 cameras."""
+    c2w, pixels = camera_pixels(n_rays, seed)
+    rays = rays_of(pixels.xy, c2w[pixels.image_id], intrinsics(PIXELS).expand(n_rays, 4), PIXELS, PIXELS, ndc=False)
     return Rays(rays.origins.to(device), rays.directions.to(device))
+
+
+def camera_scene(n_rays: int, seed: int, device: torch.device | str = "cpu") -> tuple[Scene, PixelBatch]:
+    """(a scene, its pixels) whose rays are camera_rays'."""
+    c2w, pixels = camera_pixels(n_rays, seed)
+    scene = replace(shapes_scene(len(c2w), PIXELS), c2w=c2w)
+    return scene.to(device), PixelBatch(pixels.image_id.to(device), pixels.xy.to(device))
 
 
 def shapes_scene(n_images: int, size: int) -> Scene:

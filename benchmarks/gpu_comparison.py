@@ -1,5 +1,5 @@
-"""What gpu_check.py compares beside full lego: its steps one by one, not as CUDA graphs; half the rays, drawn by `full`
-and by `expansive`."""
+"""What gpu_check.py compares beside full lego: its steps one by one, not as CUDA graphs; a network in bfloat16; half
+the rays, drawn by `full` and by `expansive`."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPARED = {
     "full, 4096 rays": [],
     "full, 4096 rays, step by step": ["--cuda_graphs", "0"],
+    "full, 4096 rays, bf16": ["--mlp_dtype", "bfloat16"],
     "full, 2048 rays": ["--batch_size", "2048"],
     "expansive, es_ratio 0.5": ["--strategy", "expansive", "--es_ratio", "0.5"],
 }

@@ -22,6 +22,7 @@ from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.script import exit_code, positive
 from components.grids import training_samples
 from models import kernels
+from models.chunks import in_chunks
 from models.field import Field
 from models.kernels import gather_lookups, torch_rendering
 from utils.device import choose_device
@@ -81,6 +82,14 @@ def cases(field: Field, n_rays: int, device: torch.device) -> dict[str, tuple]:
             found = backend.lookups.vm_density(planes, lines, samples.position)
             return backend.rendering.ray_weights(found, samples, *activation)
 
+    module, ray = field.renderModule, samples.ray[coloured]
+    inputs = torch.rand(m, c.n_features, device=device).requires_grad_()
+
+    def network(backend: kernels.Kernels) -> Tensor:
+        if backend.network is not None and backend.network.takes(module, inputs, rays.directions):
+            return backend.network.colours(module, inputs, rays.directions, ray, None)
+        return in_chunks(module, 1 << 17, inputs, rays.directions[ray], position)
+
     return {
         "march": (lambda b: b.rendering.march_box(*march).t, None, 28 * n, 0),
         "density": (
@@ -95,6 +104,12 @@ def cases(field: Field, n_rays: int, device: torch.device) -> dict[str, tuple]:
             [*app_planes, *app_lines, basis],
             m * (appearance_rows + 12 + features),
             m * (2 * appearance_rows + 12 + features),
+        ),
+        "network": (
+            network,
+            [inputs, *module.parameters()],
+            m * (features + 32),
+            m * (2 * features + 44),
         ),
         "composite": (
             lambda b: b.rendering.composite(weights, samples, coloured, colour)[0],

@@ -1,4 +1,4 @@
-"""What a training step asks of the host: kernel launches, copies, waits for the device, milliseconds.
+"""What a training step asks of the host and of the device: launches, copies, waits, milliseconds, longest kernels.
 
     python -m benchmarks.launches
 
@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WARM_UP, STEPS = 300, 64
 # With graphs: as often some steps are measured again in which new ones had to be made.
 TRIES = 5
+# Kernels that are listed.
+LONGEST = 30
 
 
 def step_through(trainer: Trainer, steps: int) -> None:
@@ -82,13 +84,17 @@ def waits(trainer: Trainer, steps: int) -> dict[str, float]:
     return {line: count / steps for line, count in lines.most_common()}
 
 
-def host_calls(trainer: Trainer, steps: int) -> dict[str, float]:
-    """Calls of the CUDA runtime and driver a step, by name."""
+def profiled(trainer: Trainer, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(calls of the CUDA runtime and driver a step, microseconds a step of what ran longest on the device), by name."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step_through(trainer, steps)
         torch.cuda.synchronize()
-    calls = {e.key: e.count / steps for e in profiler.key_averages() if e.key.startswith(("cuda", "cuLaunch"))}
-    return dict(sorted(calls.items(), key=lambda item: -item[1]))
+    events = profiler.key_averages()
+    calls = {e.key: e.count / steps for e in events if e.key.startswith(("cuda", "cuLaunch"))}
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    longest = sorted(on_device, key=lambda e: -e.self_device_time_total)[:LONGEST]
+    times = {e.key[:100]: e.self_device_time_total / steps for e in longest}
+    return dict(sorted(calls.items(), key=lambda item: -item[1])), times
 
 
 def measure(argv: list[str], device: torch.device, warm_up: int, steps: int) -> dict:
@@ -105,7 +111,7 @@ def measure(argv: list[str], device: torch.device, warm_up: int, steps: int) -> 
     if device.type == "cuda":
         report["waits"], _ = undisturbed(trainer, lambda: waits(trainer, steps))
         report["waits_per_step"] = sum(report["waits"].values())
-        report["host_calls"], _ = undisturbed(trainer, lambda: host_calls(trainer, steps))
+        (report["host_calls"], report["device_us"]), _ = undisturbed(trainer, lambda: profiled(trainer, steps))
         launches = [n for name, n in report["host_calls"].items() if "LaunchKernel" in name or "GraphLaunch" in name]
         report["launches_per_step"] = sum(launches)
     totals = trainer.stages.total
@@ -131,7 +137,11 @@ def main() -> None:
             runs["full, CUDA graphs"] = ["--cuda_graphs", "1"]
         for strategy, own in runs.items():
             report[strategy] = measure([*argv, *own], device, options.warm_up, options.steps)
-            print(strategy, {k: v for k, v in report[strategy].items() if k != "host_calls"}, file=sys.stderr)
+            print(
+                strategy,
+                {k: v for k, v in report[strategy].items() if k not in ("host_calls", "device_us")},
+                file=sys.stderr,
+            )
     print(json.dumps(report))
 
 

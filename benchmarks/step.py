@@ -5,8 +5,9 @@
 
 Variants: `packed`, the kernels of models/kernels that this machine would choose; `bf16`, the same with --mlp_dtype
 bfloat16; `torch`, what a machine without compiler and Triton would choose; `definition`, the same with torch's
-grid_sample for lookups; `twin`, the dense tests/reference.py. Every variant runs in a fresh process, because a
-process's peak memory includes all that ran in it before. They alternate, so that a change of load meets all.
+grid_sample for lookups; `twin`, the dense tests/reference.py; on CUDA alone `replayed`, packed steps replayed as CUDA
+graphs, as training makes them there. Every variant runs in a fresh process, because a process's peak memory includes
+all that ran in it before. They alternate, so that a change of load meets all.
 
 This step draws no rays: the four samplers' phase is timed in the trainer's own step (benchmarks/scaling.py, after the
 mask); drawing from full-size images, and building a sampler, by benchmarks/samplers.py.
@@ -27,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 VARIANTS = ("packed", "bf16", "torch", "definition", "twin")
+ON_CUDA = ("replayed",)
 COMPARED = ("packed", "twin")
 FIELDS = ("before", "after")
 PHASES = ("step", "forward", "backward", "optimizer")
@@ -74,6 +76,10 @@ def measure(variant: str, field_name: str, n_rays: int, repeats: int, device_nam
     from utils.timing import PhaseTimer
 
     device, twin = choose_device(device_name), variant == "twin"
+    if variant == "replayed":
+        from benchmarks import replayed_step
+
+        return replayed_step.measure(field_name, n_rays, repeats, device)
     field, optimizer, render = variant_of(variant, field_name, device)
     rays = camera_rays(n_rays, 0, device)
     target = torch.rand(n_rays, 3, generator=torch.Generator().manual_seed(3)).to(device)
@@ -154,6 +160,9 @@ def compare(results: list[dict]) -> dict[str, dict]:
         f"{kind}_ratio_twin_over_packed": {field: ratios[f"{kind}_over_packed"][field]["twin"] for field in FIELDS}
         for kind in ("time", "memory")
     }
+    if any(r["variant"] == "replayed" for r in results):
+        over = ratios["time_over_packed"]
+        twin["time_ratio_twin_over_replayed"] = {f: over[f]["twin"] / over[f]["replayed"] for f in FIELDS}
     return {**twin, **ratios}
 
 
@@ -194,32 +203,33 @@ def main() -> None:
     parser.add_argument("--rays", type=positive, default=RAYS, help="others than 4096: no JSON on a CPU")
     parser.add_argument("--repeats", type=positive, default=8, help="timed steps a process")
     parser.add_argument("--rounds", type=positive, default=3, help="processes a variant")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="some variants: no samplers, no JSON on a CPU")
+    parser.add_argument("--only", help="some variants: no samplers, no JSON on a CPU")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=VARIANTS + ON_CUDA, help=argparse.SUPPRESS)
     parser.add_argument("--field", choices=FIELDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
         print(json.dumps(measure(options.variant, options.field, options.rays, options.repeats, options.device)))
         return
-    variants = tuple(options.only.split(","))
-    if set(variants) - set(VARIANTS) or set(COMPARED) - set(variants):
-        parser.error(f"--only {options.only}: choose among {','.join(VARIANTS)}; packed and twin are always needed")
-    if options.quick:
-        options.repeats, options.rounds, variants = 3, 1, COMPARED
     import torch
 
     from utils.device import choose_device, device_name
     from utils.run_folder import git_commit
 
     device = choose_device(options.device)
+    known = VARIANTS + (ON_CUDA if device.type == "cuda" else ())
+    variants = tuple(options.only.split(",")) if options.only else known
+    if set(variants) - set(known) or set(COMPARED) - set(variants):
+        parser.error(f"--only {options.only}: choose among {','.join(known)}; packed and twin are always needed")
+    if options.quick:
+        options.repeats, options.rounds, variants = 3, 1, COMPARED
     cases = [(variant, field) for field in FIELDS for variant in variants]
     rounds = [[measure_in_fresh_process(*case, options) for case in cases] for _ in range(options.rounds)]
     results = [merge(list(runs)) for runs in zip(*rounds, strict=True)]
     ratios = compare(results)
     print_results(results, ratios)
-    samplers = measure_samplers(options.rays, options.device) if variants == VARIANTS else []
-    whole = variants == VARIANTS and options.rays == RAYS
+    samplers = measure_samplers(options.rays, options.device) if variants == known else []
+    whole = variants == known and options.rays == RAYS
     if options.quick or (device.type == "cpu" and not whole):
         print("no JSON was written: this is not the whole measurement")
     else:
@@ -238,6 +248,9 @@ def main() -> None:
     for kind, words in (("memory", "twin/packed step memory"), ("time", "twin/fast")):
         ratio = ratios[f"{kind}_ratio_twin_over_packed"]
         print(f"{words} before-mask {ratio['before']:.2f} after-mask {ratio['after']:.2f}")
+    if "replayed" in variants:
+        ratio = ratios["time_ratio_twin_over_replayed"]
+        print(f"twin/replayed before-mask {ratio['before']:.2f} after-mask {ratio['after']:.2f}")
 
 
 if __name__ == "__main__":

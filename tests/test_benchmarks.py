@@ -85,7 +85,7 @@ def test_the_step_report_its_last_line_and_its_table_hold_all_variants_and_sampl
 @pytest.mark.parametrize("field", ["before", "after"])
 def test_every_kernel_is_timed_forward_and_where_it_has_one_backward(field):
     report = kernels.measure(field, torch.device("cpu"), 16, 1)
-    assert set(report) == {"march", "density", "weights", "appearance", "composite", "until_opaque"}
+    assert set(report) == {"march", "density", "weights", "appearance", "network", "composite", "until_opaque"}
     for name, backends in report.items():
         assert "torch-gather" in backends
         for times in backends.values():
@@ -165,7 +165,7 @@ def test_runs_that_failed_and_a_process_that_broke_say_why(capsys):
 def fake_parts(scene="lego", complete=True, seconds=100.0):
     trained = {"scene": scene, "complete": complete, "train_seconds": seconds, "psnr": 36.5, "peak_memory_mb": 1600.0}
     trained |= {"test_views": 200, "n_iters": 30_000, "scoring_seconds": 0.0}
-    ratios = {"time_ratio_twin_over_packed": {"before": 9.0, "after": 7.9}}
+    ratios = {"time_ratio_twin_over_replayed": {"before": 9.0, "after": 7.9}}
     waits = {"full": {"waits_per_step": 2.0}, "full, CUDA graphs": {"waits_per_step": 0.07}}
     results = {"step": ratios, "launches": waits, "training": trained}
     return {name: {"holds": True, "output": [], "seconds": seconds + 20, "result": r} for name, r in results.items()}
@@ -184,6 +184,9 @@ def test_targets_are_met_or_missed_or_not_measured():
     assert verdicts(fake_parts(complete=False, seconds=240.0)) == ["met", "missed", "met", "met", *stopped, not_yet]
     assert verdicts(fake_parts(complete=False)) == ["met", "missed", "met", "met", *[not_yet] * 4]
     assert verdicts({}) == [not_yet] * 8
+    few = fake_parts()
+    few["training"]["result"]["test_views"] = 25
+    assert verdicts(few)[4] == "not measured (200 test views are wanted)"
     for report, verdict in ((gpu_check.skipped("not installed"), not_yet), ({"holds": True}, "met")):
         assert verdicts({"compute-sanitizer": report})[-1] == verdict
     assert verdicts({"compute-sanitizer": {"holds": False, "error": "exit code 1"}})[-1] == "missed"
@@ -191,14 +194,14 @@ def test_targets_are_met_or_missed_or_not_measured():
 
 def test_shortened_trainings_fill_the_time_that_is_left_by_a_schedule_of_their_own():
     # 20 s beside 100 s for 30000 steps: of 40 s each, 20 are for training, of which a part is planned.
-    assert gpu_comparison.short_steps(fake_parts()["training"], 160.0) == (3000, 20.0)
+    assert gpu_comparison.short_steps(fake_parts()["training"], 200.0) == (3000, 20.0)
     assert gpu_comparison.short_steps(fake_parts()["training"], 80.0)[0] == 0
     assert gpu_comparison.short_steps(fake_parts()["training"], -5.0)[0] == 0
     assert gpu_comparison.short_steps(fake_parts(seconds=10.0)["training"], 1e4)[0] == 30_000
     # 90 s beside 100 s, 80 of them for 200 views, of which 25 are enough.
     many = fake_parts()["training"] | {"seconds": 190.0}
     many["result"] |= {"test_views": 200, "scoring_seconds": 80.0}
-    assert gpu_comparison.short_steps(many, 160.0) == (3000, 20.0)
+    assert gpu_comparison.short_steps(many, 200.0) == (3000, 20.0)
     assert gpu_comparison.short_steps({"holds": False, "error": "exit code 1"}, 1e4)[0] == 0
     argv = gpu_comparison.schedule(3000)
     assert argv == [
@@ -258,7 +261,9 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(monkeypatch, tmp_path,
 
     monkeypatch.setattr(gpu_check, "call", call)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
-    (tmp_path / "step_cuda.json").write_text(json.dumps({"time_ratio_twin_over_packed": {"before": 8.5, "after": 8.0}}))
+    (tmp_path / "step_cuda.json").write_text(
+        json.dumps({"time_ratio_twin_over_replayed": {"before": 8.5, "after": 8.0}})
+    )
     code, report = run_check(monkeypatch, tmp_path)
     assert code == 1
     short = [f"short: {name}" for name in gpu_comparison.COMPARED]
@@ -294,10 +299,10 @@ def test_all_parts_of_a_full_check_end_in_one_report(tool, monkeypatch, tmp_path
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: tool)
     code, report = run_check(monkeypatch, tmp_path, "--full")
     assert code == 0
-    assert len(report["parts"]) == 10
-    assert len(commands) == (10 if tool else 9)
+    assert len(report["parts"]) == 11
+    assert len(commands) == (11 if tool else 10)
     assert (report["parts"]["compute-sanitizer"].get("skipped") == "not installed") == (tool is None)
-    assert [row["schedule"] for row in report["comparison"]] == ["whole"] * 4
+    assert [row["schedule"] for row in report["comparison"]] == ["whole"] * 5
     assert not any("--n_iters" in command or "--test_every" in command for command in commands)
 
 
@@ -309,12 +314,12 @@ def test_the_default_check_compares_trainings_of_the_same_steps_and_sanitizes_a_
     code, report = run_check(monkeypatch, tmp_path)
     assert code == 0
     trainings = [command for command in commands if "benchmarks.training" in command]
-    assert len(trainings) == 5
+    assert len(trainings) == 6
     assert "--test_every" not in trainings[0]  # all views
     shared = [command[: command.index("--test_every") + 2] for command in trainings[1:]]
-    assert shared == [shared[0]] * 4
+    assert shared == [shared[0]] * 5
     assert int(shared[0][shared[0].index("--n_iters") + 1]) >= 1000
-    assert [row["schedule"] for row in report["comparison"]] == ["short"] * 4
+    assert [row["schedule"] for row in report["comparison"]] == ["short"] * 5
     assert commands[-1][2] == "/usr/bin/compute-sanitizer"
     assert report["targets"][-1]["verdict"] == "met"
     late = {"holds": False, "error": "took longer than 90 s", "output": []}

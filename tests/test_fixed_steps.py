@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import models.optimizers
 import train
+from benchmarks import replayed_step
 from components.perceptual import load_perceptual_metrics
 from components.regularisers import build_regularisers
 from components.types import Capacity, PixelBatch, Rays
@@ -225,6 +226,20 @@ def test_double_precision_has_no_capacity():
     field, rays = a_field().double(), some_rays(3)
     with pytest.raises(ValueError, match="float32"):
         field.render(Rays(rays.origins.double(), rays.directions.double()), 1.0, None, 61, Capacity(500, 300))
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_replayed_steps_are_measured_and_move_nothing(monkeypatch, name):
+    recorder = fixed_steps.graph_recorder if ON_CUDA else tape_recorder(monkeypatch)
+    field = a_field()
+    monkeypatch.setattr(replayed_step, f"{name}_mask", lambda device: field)
+    monkeypatch.setattr(replayed_step, "WINDOW", 2)
+    before = [parameter.clone() for parameter in field.parameters()]
+    result = replayed_step.measure(name, 8, 1, torch.device(DEVICE), recorder)
+    assert min(result["ms"].values()) > 0
+    assert result["ms"]["step"] >= result["ms"]["backward"]
+    assert result["live_per_ray"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(field.parameters(), before, strict=True))
 
 
 # --- what stands in the way ---
