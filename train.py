@@ -107,8 +107,10 @@ def train_in(
     found = preflight(options, folder, device)
     found.require_good()
     memory = MemoryMeter(device)
-    lower = [*LOWER_MEMORY, *(["cuda_graphs"] if device.type == "cuda" and options.cuda_graphs != "0" else [])]
-    with naming_shortage(device, memory, {name: getattr(options, name) for name in lower}):
+    lower = {name: getattr(options, name) for name in LOWER_MEMORY}
+    if device.type == "cuda" and options.cuda_graphs != "0":
+        lower["cuda_graphs"] = f"{options.cuda_graphs}; 0 needs less"
+    with naming_shortage(device, memory, lower):
         perceptual = load_perceptual_metrics(options.lpips_weights, device)
         for line in perceptual.lines:
             say(line)

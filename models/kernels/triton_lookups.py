@@ -454,8 +454,10 @@ class _Products(torch.autograd.Function):
         with torch.cuda.device_of(xyz):
             if basis is None:
                 return call.products(xyz, summed=True)
-            chunks = xyz.split(max(_CHUNK_VALUES // call.width, 1))
-            return torch.cat([call.products(points, summed=False) @ basis.T for points in chunks])
+            size, out = max(_CHUNK_VALUES // call.width, 1), xyz.new_empty(len(xyz), len(basis))
+            for points, features in zip(xyz.split(size), out.split(size), strict=True):
+                torch.mm(call.products(points, summed=False), basis.T, out=features)
+            return out
 
     @staticmethod
     @once_differentiable
