@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # By model: its kernels, and how often each is compiled - sums and products, modes, with and without jitter.
 COMMON = {"_count": 2, "_fill": 2, "_weights_forward": 1, "_weights_backward": 1}
 COMMON |= {"_composite_forward": 1, "_composite_backward": 1}
-COMMON |= {"_network_forward": 1, "_hidden_gradients": 1, "_input_gradients": 1}
+# With and without a number of samples that only the device knows.
+COMMON |= {"_network_forward": 2, "_hidden_gradients": 2, "_input_gradients": 2}
 KERNELS = {
     "TensorVMSplit": {"_vm_forward": 2, "_vm_gradients": 6, "_vm_positions": 2, "_vm_until_opaque": 1},
     "TensorCP": {"_cp_forward": 2, "_cp_gradients": 2, "_cp_positions": 2, "_cp_until_opaque": 1},
@@ -106,7 +107,8 @@ def main(model: str) -> None:
         if self.__name__ == "_count":  # (counts, n_candidates, ...)
             args[0].copy_(args[1].clamp_max(5))
         elif self.__name__ == "_fill":  # (rays, ts, deltas, positions, box_scale, offsets, ...)
-            args[0].copy_(torch.repeat_interleave(args[5].diff()))
+            rays = torch.repeat_interleave(args[5].diff())
+            args[0][: len(rays)].copy_(rays)
             for out, value in zip(args[1:4], (2.0, 0.01, 0.5), strict=True):
                 out.fill_(value)
         elif self.__name__ != "_composite_backward":
@@ -160,10 +162,11 @@ def main(model: str) -> None:
 
 
 def step(field, n_rays: int) -> None:
-    """A training step's gradients, those of the rays included as soft mining asks for, and an evaluation."""
+    """A training step's gradients, those of the rays included as soft mining asks for, the same with room for more
+    samples, and an evaluation."""
     import torch
 
-    from components.types import Rays
+    from components.types import Capacity, Rays
 
     towards = torch.nn.functional.normalize(torch.tensor([0.1, 0.2, -1.0]), dim=0)
     rays = Rays(torch.tensor([[0.1, 0.2, 4.0]]).repeat(n_rays, 1), towards.repeat(n_rays, 1))
@@ -172,6 +175,8 @@ def step(field, n_rays: int) -> None:
     assert out.n_live == out.n_colour == 5 * n_rays
     out.rgb.sum().backward()
     assert all(parameter.grad is not None for parameter in [*field.parameters(), own.origins, own.directions])
+    for spare in (2, 3):
+        field.render(own, 1.0, torch.rand(n_rays, 1), 40, Capacity(5 * n_rays + spare, 5 * n_rays)).rgb.sum().backward()
     with torch.no_grad():
         field.render(rays, 1.0)
 

@@ -158,7 +158,8 @@ def _hidden_layers(
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["n"])
+# count lies anywhere in a tensor: kernels are not compiled anew for its alignment.
+@triton.jit(do_not_specialize=["n", "count"])
 def _network_forward(
     rgb, features, view, ray, n, count, w1, b1, w2, b2, w3, b3,
     F: tl.constexpr, FEA_PE: tl.constexpr, VIEW_PE: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr,
@@ -183,7 +184,7 @@ def _network_forward(
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "count"])
 def _hidden_gradients(
     first_layer, to_z1, to_z2, to_b1, to_b2, to_w3, to_b3, upstream, rgb, features, view, ray, begin, end, count,
     w1, b1, w2, b2, w3,
@@ -227,7 +228,7 @@ def _hidden_gradients(
         tl.store(to_z1 + row, none, mask=inside)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "count"])
 def _input_gradients(
     to_features, to_view, inputs, to_z1, features, view, ray, begin, end, count, w1,
     F: tl.constexpr, FEA_PE: tl.constexpr, VIEW_PE: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr,
