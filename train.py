@@ -518,7 +518,7 @@ class Trainer:
             weight = self.sampler.weigh(pixels, error.detach(), self.iteration)
         with phase("forward"):
             ray_loss = weight * error.square().mean(-1)
-            self.terms = self.penalties()
+            self.terms = {r.name: r(self.field, self.lr_factor) for r in self.regularisers if r.weight > 0}
             loss = ray_loss.mean() + sum(self.terms.values())
         with phase("backward"):
             self.optimizer.zero_grad(set_to_none=True)
@@ -535,10 +535,6 @@ class Trainer:
         self.stages.add(self.stage, steps=1, rays=len(rays), live_samples=out.n_live, colour_samples=out.n_colour)
         return torch.stack((error.detach().square().mean(), loss.detach()))
 
-    def penalties(self) -> dict[str, Tensor]:
-        """The regularisers' terms of a step, by name."""
-        return {r.name: r(self.field, self.lr_factor) for r in self.regularisers if r.weight > 0}
-
     # --- steps without waits ---
 
     def fixed_steps(self) -> FixedSteps | None:
@@ -546,7 +542,7 @@ class Trainer:
         wanted = self.options.cuda_graphs
         if wanted == "0":
             return None
-        why = obstacle(self.field, self.regularisers)
+        why = obstacle(self.field)
         if why is not None and wanted == "1":
             say(f"--cuda_graphs: {why}; steps are made one by one")
         return FixedSteps() if why is None else None
@@ -559,7 +555,7 @@ class Trainer:
         n_samples = training_samples(self.field.grid_size, o.step_ratio, o.nSamples)
         self.close_memory()
         self.memory.unseen_mb = 0.0
-        given = (self.field, self.scene, self.optimizer, self.penalties)
+        given = (self.field, self.scene, self.optimizer, self.regularisers)
         step = self.fixed.make(*given, pixels=pixels, n_samples=n_samples)
         self.memory.unseen_mb = step.replayed_mb
         self.open_memory()
@@ -576,7 +572,8 @@ class Trainer:
         """What the host must set back to make a step again."""
         generators = {name: generator.get_state() for name, generator in self.generators.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"sampler": self.sampler.state_dict(), "generators": generators, "rates": rates}
+        weights = [regulariser.weight for regulariser in self.regularisers]
+        return {"sampler": self.sampler.state_dict(), "generators": generators, "rates": rates, "weights": weights}
 
     def go_back(self, moment: dict) -> None:
         """To a moment since which the optimiser has changed nothing."""
@@ -585,6 +582,8 @@ class Trainer:
             generator.set_state(moment["generators"][name])
         for group, rate in zip(self.optimizer.param_groups, moment["rates"], strict=True):
             group["lr"] = rate
+        for regulariser, weight in zip(self.regularisers, moment["weights"], strict=True):
+            regulariser.weight = weight
 
     def replay(self, n_steps: int) -> int:
         """`advance` by replayed steps; only afterwards it is asked what they needed."""
@@ -627,6 +626,9 @@ class Trainer:
         with phase("sampler"):
             step.weight.copy_(self.sampler.weigh(step.pixels, step.error, self.iteration))
         with phase("backward"):
+            for regulariser in step.regularisers:
+                regulariser.advance(self.lr_factor)
+            step.set_penalty_weights()
             step.learn()
         with phase("optimizer"):
             step.set_rates([group["lr"] for group in self.optimizer.param_groups])

@@ -46,8 +46,7 @@ def measure(
     with torch.no_grad():
         for name, parameter in field.named_parameters():
             parameter.copy_(start[name])
-    penalties = lambda: {"l1": l1(field, 1.0)}  # noqa: E731
-    step = fixed.make(field, scene, optimizer, penalties, pixels=pixels, n_samples=n_samples)
+    step = fixed.make(field, scene, optimizer, [l1], pixels=pixels, n_samples=n_samples)
     memory.unseen_mb = step.replayed_mb
     step.weight.fill_(1.0)
     times = []
@@ -59,6 +58,7 @@ def measure(
                 step.give(pixels, 1.0, generator)
                 step.show()
             with timer.phase("backward"):
+                step.set_penalty_weights()
                 step.learn()
             with timer.phase("optimizer"):
                 # Training on noise would change how much work a step is: all is done, but nothing moves.

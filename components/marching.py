@@ -139,6 +139,14 @@ def march_box(
     return Samples(ray, t, delta, normalise(xyz, aabb), ray_offsets(ray, len(rays)))
 
 
+def ndc_rows(rays: Rays, near: float, far: float, n_samples: int, jitter: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(t, distance to the next sample number or 0 for the last) [B or 1, S] of all sample numbers; see march_ndc."""
+    t_row = torch.linspace(near, far, n_samples, device=rays.origins.device, dtype=rays.origins.dtype)[None]
+    if jitter is not None:
+        t_row = t_row + jitter * ((far - near) / n_samples)
+    return t_row, torch.cat([t_row[:, 1:] - t_row[:, :-1], torch.zeros_like(t_row[:, :1])], dim=1)
+
+
 def march_ndc(
     rays: Rays,
     aabb: Tensor,
@@ -154,10 +162,7 @@ def march_ndc(
     delta carries the factor |d| that turns differences of t into lengths.
     """
     n_rays = len(rays)
-    t_row = torch.linspace(near, far, n_samples, device=rays.origins.device, dtype=rays.origins.dtype)[None]
-    if jitter is not None:
-        t_row = t_row + jitter * ((far - near) / n_samples)
-    delta_row = torch.cat([t_row[:, 1:] - t_row[:, :-1], torch.zeros_like(t_row[:, :1])], dim=1)
+    t_row, delta_row = ndc_rows(rays, near, far, n_samples, jitter)
     with torch.no_grad():
         rows = t_row.expand(n_rays, n_samples)
         # Axis by axis: a dense [B, S] bool is needed to choose, a dense [B, S, 3] float is not.

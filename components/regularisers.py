@@ -71,10 +71,14 @@ class Regulariser:
     def penalty(self, field: HasFactors) -> Tensor:
         raise NotImplementedError
 
-    def __call__(self, field: HasFactors, lr_factor: float) -> Tensor:
-        """The weighted penalty of this step, a scalar; advances the weight's decay."""
+    def advance(self, lr_factor: float) -> None:
+        """The weight's decay, before every use."""
         if self.decay:
             self.weight *= lr_factor
+
+    def __call__(self, field: HasFactors, lr_factor: float) -> Tensor:
+        """The weighted penalty of this step, a scalar; advances the weight's decay."""
+        self.advance(lr_factor)
         return self.weight * self.penalty(field)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from components.grids import evaluation_samples, step_length
-from components.marching import Samples, march_ndc, normalise
+from components.marching import Samples, normalise
 from components.types import Capacity, Rays, RenderOutput
 from models import kernels
 from models.alpha_mask import AlphaMask
@@ -134,13 +134,12 @@ class Field(nn.Module):
 
     def march(self, rays: Rays, jitter: Tensor | None, n_samples: int, capacity: int | None = None) -> Samples:
         """Live samples of the rays: in the box and in the alpha mask. capacity: see `render`."""
-        c = self.config
+        c, rendering = self.config, self.kernels.rendering
+        ends = (n_samples, jitter, self.alpha_mask)
+        room = {} if capacity is None else {"capacity": capacity}
         if c.ndc:
-            if capacity is not None:
-                raise ValueError("march_ndc has no capacity")
-            return march_ndc(rays, self.aabb, c.near, c.far, n_samples, jitter, self.alpha_mask)
-        march_box, room = self.kernels.rendering.march_box, {} if capacity is None else {"capacity": capacity}
-        return march_box(rays, self.aabb, c.near, c.far, self.step, n_samples, jitter, self.alpha_mask, **room)
+            return rendering.march_ndc(rays, self.aabb, c.near, c.far, *ends, **room)
+        return rendering.march_box(rays, self.aabb, c.near, c.far, self.step, *ends, **room)
 
     def render(
         self,
@@ -154,7 +153,7 @@ class Field(nn.Module):
 
         background: colour behind the scene, scalar, [3] or [B, 3]. jitter: u [B, 1] (NDC: [B or 1, S]) in [0, 1);
         None for evaluation. n_samples: S, at most that many samples a ray; default: the test-time count.
-        capacity: room for samples (`kernels.fixed_shapes`, no NDC), so that all shapes are known beforehand and nothing
+        capacity: room for samples (`kernels.fixed_shapes`), so that all shapes are known beforehand and nothing
         waits for the device; samples for which there is no room are left out: compare n_live and n_colour with it.
         """
         c, rendering = self.config, self.kernels.rendering
@@ -205,5 +204,8 @@ class Field(nn.Module):
 
     def draw_jitter(self, n_rays: int, n_samples: int, generator: torch.Generator) -> Tensor:
         """u for `render`: one number a ray; in NDC one a sample number, shared by the step's rays."""
-        shape = (1, n_samples) if self.config.ndc else (n_rays, 1)
-        return torch.rand(shape, generator=generator, device=self.aabb.device)
+        return torch.rand(self.jitter_shape(n_rays, n_samples), generator=generator, device=self.aabb.device)
+
+    def jitter_shape(self, n_rays: int, n_samples: int) -> tuple[int, int]:
+        """That of `draw_jitter`."""
+        return (1, n_samples) if self.config.ndc else (n_rays, 1)

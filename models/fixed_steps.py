@@ -32,14 +32,10 @@ Part = Callable[[], None]
 Record = Callable[[Part], Part]
 
 
-def obstacle(field: Field, regularisers: Sequence[Regulariser]) -> str | None:
+def obstacle(field: Field) -> str | None:
     """Why a field's steps cannot have fixed shapes; None if they can."""
     if not field.kernels.fixed_shapes:
         return "a CUDA device and Triton are needed"
-    if field.config.ndc:
-        return "NDC scenes are marched in shapes that depend on the rays"
-    if changing := [r.name for r in regularisers if r.decay and r.weight > 0]:
-        return f"the weight of {changing[0]} changes with every step"
     return "--debug looks at every operation" if torch.is_anomaly_enabled() else None
 
 
@@ -64,8 +60,9 @@ class FixedStep:
     """One step of a field in three parts, `show`, `learn` and `update`, that read and write the same memory each time.
 
     Between them a sampler is asked, as in the trainer's ordinary step. Everything that changes from step to step is
-    copied into tensors of its own: pixels, jitter, background, the rays' weights, learning rates. All else - the
-    factors, the mask, S, the regularisers' weights - must stay as it was, or a new FixedStep be made.
+    copied into tensors of its own: pixels, jitter, background, the rays' weights, learning rates, the regularisers'
+    weights. All else - the factors, the mask, S, which regularisers have a weight - must stay as it was, or a new
+    FixedStep be made.
     """
 
     def __init__(
@@ -73,22 +70,24 @@ class FixedStep:
         field: Field,
         scene: Scene,
         optimizer: torch.optim.Adam,
-        penalties: Callable[[], dict[str, Tensor]],
+        regularisers: Sequence[Regulariser],
         capacity: Capacity,
         pixels: PixelBatch,
         n_samples: int,
         record: Record,
     ) -> None:
-        """optimizer: fused, and with moments from steps before. penalties: the regularisers' terms by name. pixels:
-        any batch such as the steps will have. record: a new `graph_recorder()`."""
-        self.field, self.scene, self.optimizer, self.penalties = field, scene, optimizer, penalties
+        """optimizer: fused, and with moments from steps before. pixels: any batch such as the steps will have. record:
+        a new `graph_recorder()`."""
+        self.field, self.scene, self.optimizer = field, scene, optimizer
+        self.regularisers = [regulariser for regulariser in regularisers if regulariser.weight > 0]
         self.capacity, self.n_samples = capacity, n_samples
         device, n_rays = pixels.xy.device, len(pixels)
         xy = pixels.xy.detach().clone().requires_grad_(pixels.xy.requires_grad)
         self.pixels = PixelBatch(pixels.image_id.clone(), xy, pixels.detach_samples)
-        self.jitter = torch.zeros(n_rays, 1, device=device)
+        self.jitter = torch.zeros(field.jitter_shape(n_rays, n_samples), device=device)
         self.background = torch.zeros((), device=device)
         self.weight = torch.zeros(n_rays, device=device)
+        self.penalty_weights = [torch.zeros((), device=device) for _ in self.regularisers]
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self.most = torch.tensor([capacity.live, capacity.coloured], device=device)
         # 1 while updates are skipped. So nothing changes in the trial, which has kernels compiled and handles made
@@ -106,7 +105,6 @@ class FixedStep:
         if device.type == "cuda":
             taken, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
             self.replayed_mb = (taken - kept) / 2**20
-        self.penalties = None  # the trainer's: a circle
 
     def fits(self, pixels: PixelBatch) -> bool:
         """Whether a step can be made of these pixels."""
@@ -127,6 +125,11 @@ class FixedStep:
         for tensor, rate in zip(self.rates, rates, strict=True):
             tensor.fill_(rate)
 
+    def set_penalty_weights(self) -> None:
+        """Those of the step are the regularisers' own, as they are now."""
+        for tensor, regulariser in zip(self.penalty_weights, self.regularisers, strict=True):
+            tensor.fill_(regulariser.weight)
+
     def _show(self) -> None:
         rays = cast_rays(self.scene, self.pixels)
         out = self.field.render(rays, self.background, self.jitter, self.n_samples, self.capacity)
@@ -136,7 +139,8 @@ class FixedStep:
 
     def _learn(self) -> None:
         ray_loss = self.weight * self.error.square().mean(-1)
-        self.terms = self.penalties()
+        weighed = zip(self.regularisers, self.penalty_weights, strict=True)
+        self.terms = {r.name: weight * r.penalty(self.field) for r, weight in weighed}
         loss = ray_loss.mean() + sum(self.terms.values())
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         wanted = [*learning, *([self.pixels.xy] if self.pixels.xy.requires_grad else [])]

@@ -73,14 +73,14 @@ def main() -> None:
                 compiled(triton_lookups._vm_forward, capability, modes)
                 compiled(triton_lookups._cp_forward, capability, one)
         for flag in (False, True):
-            flags = {"JITTERED": flag, "MASKED": flag} | block
-            for kernel in (triton_rendering._count, triton_rendering._fill):
-                if "fma" in compiled(kernel, capability, flags, **warp, **exact):
-                    raise SystemExit(f"{kernel.__name__} fuses multiplications and additions")
-            if flag:
-                continue
+            for ndc in (False, True):
+                flags = {"NDC": ndc, "JITTERED": flag and not ndc, "MASKED": flag} | block
+                for kernel in (triton_rendering._count, triton_rendering._fill):
+                    if "fma" in compiled(kernel, capability, flags, **warp, **exact):
+                        raise SystemExit(f"{kernel.__name__} fuses multiplications and additions")
+            flags = {"SOFTPLUS": not flag, "DISTANCES": flag} | block
             for kernel in (triton_rendering._weights_forward, triton_rendering._weights_backward):
-                compiled(kernel, capability, {"SOFTPLUS": not flag} | block, {"scale": "fp32"}, **warp)
+                compiled(kernel, capability, flags, {"scale": "fp32"}, **warp)
         if capability == 90:  # the only one that triton_network knows
             compile_network(capability)
         compiled(triton_rendering._composite_forward, capability, block, **warp)

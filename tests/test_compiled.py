@@ -62,6 +62,51 @@ def test_marching_keeps_exactly_the_definitions_samples(seed, masked, jittered, 
         assert torch.equal(getattr(ours, name), getattr(definition, name)), name
 
 
+def marched_in_ndc(module, seed, n_rays, masked, jitter_shape, n_samples=90, rays=None):
+    field = random_field(seed, ndc=True, masked=masked)
+    rays = random_rays(seed, n_rays, ndc=True) if rays is None else rays
+    jitter = torch.rand(jitter_shape, generator=torch.Generator().manual_seed(seed)) if jitter_shape else None
+    return module.march_ndc(rays, field.aabb, 0.0, 1.0, n_samples, jitter, field.alpha_mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("jitter_shape", [None, (1, 90), (300, 90)])
+@pytest.mark.parametrize("seed", range(3))
+def test_marching_in_ndc_keeps_exactly_the_definitions_samples(seed, masked, jitter_shape, n_threads):
+    ours, definition = (marched_in_ndc(m, seed, 300, masked, jitter_shape) for m in (compiled_rendering, marching))
+    assert len(ours) > 500
+    for name in ("ray", "t", "delta", "position", "offsets"):
+        assert torch.equal(getattr(ours, name), getattr(definition, name)), name
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 7, 16, 17])
+def test_marching_in_ndc_takes_any_number_of_samples(n_samples):
+    ours, definition = (
+        marched_in_ndc(m, 5, 60, True, (1, n_samples), n_samples) for m in (compiled_rendering, marching)
+    )
+    for name in ("ray", "t", "delta", "position", "offsets"):
+        assert torch.equal(getattr(ours, name), getattr(definition, name)), name
+    nothing = Rays(torch.zeros(0, 3), torch.zeros(0, 3))
+    assert len(marched_in_ndc(compiled_rendering, 5, 0, True, (1, n_samples), n_samples, nothing)) == 0
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_samples_in_ndc_follow_their_rays_gradient_as_in_the_definition(detach):
+    gradients = []
+    for module in (compiled_rendering, marching):
+        plain = random_rays(2, 80, ndc=True)
+        leaves = [plain.origins.clone().requires_grad_(), plain.directions.clone().requires_grad_()]
+        rays = Rays(*leaves, detach_samples=detach)
+        samples = marched_in_ndc(module, 2, 80, True, (1, 90), rays=rays)
+        assert samples.position.requires_grad != detach
+        loss = (samples.delta * torch.linspace(-1, 1, len(samples))).sum()
+        if not detach:
+            loss = loss + (samples.position * torch.linspace(-1, 1, 3 * len(samples)).view(-1, 3)).sum()
+        gradients.append(torch.autograd.grad(loss, leaves[1:] if detach else leaves))
+    for ours, definition in zip(*gradients, strict=True):
+        assert torch.equal(ours, definition)
+
+
 def test_more_samples_than_single_precision_can_number_are_marched():
     n_rays, n_samples = 32_320, 520
     rays = random_rays(3, n_rays)
@@ -619,7 +664,7 @@ def test_a_lack_of_memory_inside_the_libraries_is_a_memory_error_and_the_process
 
 def test_structures_have_the_sizes_of_the_compilers():
     # ctypes lays structures out as C does; a field forgotten on one side would shift all that follow.
-    assert ctypes.sizeof(compiled_rendering._Rays) == 4 * 8 + 10 * 4
+    assert ctypes.sizeof(compiled_rendering._Rays) == 4 * 8 + 10 * 4 + 3 * 8
     assert ctypes.sizeof(compiled_rendering._Mask) == 8 + 3 * 8 + 6 * 4 + 8
     assert ctypes.sizeof(compiled_network._Colours) == 5 * 8 + 14 * 8 + 4 * 4
     assert ctypes.sizeof(compiled_adam._Parameter) == 5 * 8 + 5 * 4 + 4

@@ -257,6 +257,57 @@ def test_gradients_reach_the_rays_as_in_the_definition(detached):
     assert_equal_up_to_rounding(results[0], results[1], torch.float32)
 
 
+def marched_in_ndc(rendering, field, rays, jitter=None, n_samples=61, **more):
+    return rendering.march_ndc(rays, field.aabb, 0.0, 1.0, n_samples, jitter, field.alpha_mask, **more)
+
+
+def ndc_scene(seed, masked=True, n=40):
+    field, rays = random_field(seed, ndc=True, masked=masked).to(DEVICE), random_rays(seed, n, ndc=True)
+    return field, Rays(rays.origins.to(DEVICE), rays.directions.to(DEVICE))
+
+
+@pytest.mark.parametrize("jittered", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n_samples", [1, 61])
+def test_exactly_the_definitions_samples_are_kept_in_ndc(masked, jittered, n_samples):
+    field, rays = ndc_scene(n_samples, masked)
+    jitter = torch.rand(1, n_samples, generator=torch.Generator().manual_seed(1)).to(DEVICE) if jittered else None
+    ours, expected = (marched_in_ndc(r, field, rays, jitter, n_samples) for r in (triton_rendering, torch_rendering))
+    assert len(ours) > n_samples
+    assert_same_samples(ours, expected)
+    roomy = marched_in_ndc(triton_rendering, field, rays, jitter, n_samples, capacity=len(ours) + 3)
+    assert roomy.n_live == len(ours)
+    for name in ("ray", "t", "delta", "position"):
+        assert torch.equal(getattr(roomy, name)[: len(ours)], getattr(expected, name)), name
+
+
+def test_a_jitter_for_each_ray_and_foreign_masks_take_the_definitions_way_in_ndc():
+    field, rays = ndc_scene(3, n=5)
+    jitter = torch.rand(5, 61, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ours, expected = (marched_in_ndc(r, field, rays, jitter) for r in (triton_rendering, torch_rendering))
+    assert_same_samples(ours, expected)
+    with pytest.raises(ValueError, match="one jitter"):
+        marched_in_ndc(triton_rendering, field, rays, jitter, capacity=100)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_gradients_reach_the_rays_as_in_the_definition_in_ndc(detached):
+    field, rays = ndc_scene(2, n=12)
+    results = []
+    for rendering in (triton_rendering, torch_rendering):
+        own = Rays(rays.origins.clone().requires_grad_(), rays.directions.clone().requires_grad_(), detached)
+        samples = marched_in_ndc(rendering, field, own)
+        assert samples.delta.requires_grad
+        assert samples.position.requires_grad == (not detached)
+        feature = (2.0 * samples.position.sum(1).sin()).detach().requires_grad_()
+        weights = rendering.ray_weights(feature, samples, "softplus", -2.0, 25.0)
+        weighed = torch.linspace(-1, 1.5, len(samples), device=DEVICE)
+        loss = (weights * weighed).sum() + (0 if detached else (samples.position.sin() * weighed[:, None]).sum())
+        wanted = [feature, own.directions, *([] if detached else [own.origins])]
+        results.append([samples.delta.detach(), weights.detach(), *torch.autograd.grad(loss, wanted)])
+    assert_equal_up_to_rounding(*results, torch.float32)
+
+
 def test_rays_that_miss_no_rays_and_foreign_masks():
     field, rays = scene(3, n=5)
     away = Rays(rays.origins * 0 + 9.0, rays.directions.abs() + 0.1)
@@ -568,4 +619,4 @@ def test_every_kernel_compiles_for_gpus_and_marching_fuses_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.compile_triton", "80", "90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2 * 21 + 15
+    assert done.stdout.count("compiled") == 2 * 27 + 15

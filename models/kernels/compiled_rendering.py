@@ -5,16 +5,20 @@ All in single precision; anything else takes the way of torch_rendering. Results
 """
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from components.marching import Samples, box_intersection, candidate_counts, normalise
+from components.marching import Samples, box_intersection, candidate_counts, ndc_rows, normalise
 from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.kernels import threads, torch_rendering
 from models.kernels.compiled import libraries
+
+# Numbers that vectors.h takes side by side, at most.
+_WIDEST = 16
 
 
 class _Rays(ctypes.Structure):
@@ -27,6 +31,9 @@ class _Rays(ctypes.Structure):
         ("low", ctypes.c_float * 3),
         ("high", ctypes.c_float * 3),
         ("scale", ctypes.c_float * 3),
+        ("t_row", ctypes.c_void_p),
+        ("delta_row", ctypes.c_void_p),
+        ("length", ctypes.c_void_p),
     )
 
 
@@ -64,40 +71,83 @@ def march_box(
     mask: AlphaMask | None = None,
 ) -> Samples:
     """See components.marching.march_box."""
-    floats = (rays.origins, rays.directions, aabb, jitter)
-    # A mask of another kind knows no cells; those of a mask are numbered with 32 bits.
-    foreign = mask is not None and not (isinstance(mask, AlphaMask) and mask.cells.numel() < 2**31)
-    if foreign or any(x is not None and x.dtype != torch.float32 for x in floats):
+    if _foreign(mask, rays.origins, rays.directions, aabb, jitter):
         return torch_rendering.march_box(rays, aabb, near, far, step, n_samples, jitter, mask)
     t_enter, t_exit = box_intersection(rays, aabb)
     t_enter = t_enter.clamp(near, far)
     with torch.no_grad():
-        origins, directions, enter = (x.contiguous() for x in (rays.origins, rays.directions, t_enter))
-        jitters = None if jitter is None else jitter[:, 0].contiguous()
+        enter, jitters = t_enter.contiguous(), None if jitter is None else jitter[:, 0].contiguous()
         candidates = _prefix(candidate_counts(enter, t_exit, step, n_samples))
-        ours = _Rays(
-            *(x.data_ptr() for x in (origins, directions, enter)), None if jitters is None else jitters.data_ptr(), step
-        )
-        ours.low[:], ours.high[:] = aabb.tolist()
-        ours.scale[:] = (2.0 / (aabb[1] - aabb[0])).tolist()
-        cells = _mask(mask)
-        live = torch.empty(int(candidates[-1]), dtype=torch.uint8)
-        counts = torch.empty(len(rays), dtype=torch.int64)
-        n_rays = ctypes.c_int64(len(rays))
-        given = (ctypes.byref(ours), ctypes.byref(cells), _at(candidates), n_rays)
-        _library().march_count(*given, _at(live), _at(counts), threads.count())
-        offsets = _prefix(counts)
-        n_live = int(offsets[-1])
-        ray, t = torch.empty(n_live, dtype=torch.int64), torch.empty(n_live)
-        delta, position = torch.empty(n_live), torch.empty(n_live, 3)
-        given = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), ctypes.c_int64(n_samples), n_rays)
-        _library().march_fill(*given, _at(ray), _at(t), _at(delta), _at(position), threads.count())
-    if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
-        # t grows with the entry; what a sample's number adds to it is fixed.
-        t = t + (t_enter - t_enter.detach()).index_select(0, ray)
-        origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
-        position = normalise(origins + directions * t[:, None], aabb)
+        samples = _marched(rays, aabb, mask, candidates, n_samples, t_enter=enter, jitter=jitters, step=step)
+    if rays.detach_samples or not (rays.origins.requires_grad or rays.directions.requires_grad):
+        return samples
+    # t grows with the entry; what a sample's number adds to it is fixed.
+    t = samples.t + (t_enter - t_enter.detach()).index_select(0, samples.ray)
+    return replace(samples, t=t, position=_moving(rays, samples.ray, t, aabb))
+
+
+def march_ndc(
+    rays: Rays,
+    aabb: Tensor,
+    near: float,
+    far: float,
+    n_samples: int,
+    jitter: Tensor | None = None,
+    mask: AlphaMask | None = None,
+) -> Samples:
+    """See components.marching.march_ndc."""
+    t_row, delta_row = ndc_rows(rays, near, far, n_samples, jitter)
+    if len(t_row) > 1 or _foreign(mask, rays.origins, rays.directions, aabb, t_row):
+        return torch_rendering.march_ndc(rays, aabb, near, far, n_samples, jitter, mask)
+    length = torch.linalg.vector_norm(rays.directions, dim=-1)
+    with torch.no_grad():
+        # A vector's reads go past the end.
+        rows = {"t_row": torch.nn.functional.pad(t_row[0], (0, _WIDEST)), "delta_row": delta_row[0].contiguous()}
+        candidates = torch.arange(len(rays) + 1) * n_samples
+        own = torch.ones_like(length) if length.requires_grad else length.contiguous()
+        samples = _marched(rays, aabb, mask, candidates, n_samples, length=own, **rows)
+    if length.requires_grad:
+        samples = replace(samples, delta=samples.delta * length.index_select(0, samples.ray))
+    if rays.detach_samples or not (rays.origins.requires_grad or rays.directions.requires_grad):
+        return samples
+    return replace(samples, position=_moving(rays, samples.ray, samples.t, aabb))
+
+
+def _foreign(mask: AlphaMask | None, *floats: Tensor | None) -> bool:
+    """Whether the library cannot take these."""
+    # A mask of another kind knows no cells; those of a mask are numbered with 32 bits.
+    known = mask is None or (isinstance(mask, AlphaMask) and mask.cells.numel() < 2**31)
+    return not known or any(x is not None and x.dtype != torch.float32 for x in floats)
+
+
+def _marched(
+    rays: Rays, aabb: Tensor, mask: AlphaMask | None, candidates: Tensor, n_samples: int, step: float = 0.0, **given
+) -> Samples:
+    """Samples of candidates; `given`: more of what _Rays points to."""
+    tensors = {"origins": rays.origins.contiguous(), "directions": rays.directions.contiguous(), **given}
+    ours, cells = _Rays(step=step), _mask(mask)
+    for name, tensor in tensors.items():
+        setattr(ours, name, None if tensor is None else tensor.data_ptr())
+    ours.low[:], ours.high[:] = aabb.tolist()
+    ours.scale[:] = (2.0 / (aabb[1] - aabb[0])).tolist()
+    live = torch.empty(int(candidates[-1]), dtype=torch.uint8)
+    counts = torch.empty(len(rays), dtype=torch.int64)
+    n_rays = ctypes.c_int64(len(rays))
+    sizes = (ctypes.byref(ours), ctypes.byref(cells), _at(candidates), n_rays)
+    _library().march_count(*sizes, _at(live), _at(counts), threads.count())
+    offsets = _prefix(counts)
+    n_live = int(offsets[-1])
+    ray, t = torch.empty(n_live, dtype=torch.int64), torch.empty(n_live)
+    delta, position = torch.empty(n_live), torch.empty(n_live, 3)
+    sizes = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), ctypes.c_int64(n_samples), n_rays)
+    _library().march_fill(*sizes, _at(ray), _at(t), _at(delta), _at(position), threads.count())
     return Samples(ray, t, delta, position, offsets)
+
+
+def _moving(rays: Rays, ray: Tensor, t: Tensor, aabb: Tensor) -> Tensor:
+    """Samples' positions, which follow their rays' gradients."""
+    origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
+    return normalise(origins + directions * t[:, None], aabb)
 
 
 def _mask(mask: AlphaMask | None) -> _Mask:

@@ -1,6 +1,6 @@
 // Marching, weights and compositing of packed samples, for CPUs; see compiled_rendering.py.
 //
-// Letters: B rays, K samples, k sample number. Compiled without contraction and reordering: a sample lives or not by
+// Letters: B rays, K samples, k sample number of S. Compiled without contraction and reordering: a sample lives or not by
 // the same roundings as in components/marching.py, whose expressions these are. Rays are shared
 // out, and no two of them write to one place: results do not depend on the number of threads.
 #include <cmath>
@@ -16,6 +16,8 @@ struct Rays {
     const float *origins, *directions;  // [B, 3]
     const float *t_enter, *jitter;      // [B]; jitter may be null
     float step, low[3], high[3], scale[3];  // box; scale: 2 / (high - low)
+    // NDC: t and distance of each sample number [S + WIDE], what a ray's distances are multiplied by [B]; else null.
+    const float *t_row, *delta_row, *length;
 };
 
 // Bit dx + 2 dy + 4 dz of a cell is its corner there; see models/alpha_mask.py.
@@ -46,7 +48,8 @@ inline T t_of(const Rays& rays, int64_t ray, T number) {
 inline void test_candidates(const Rays& rays, const Mask& mask, int64_t ray, int64_t k, const Wide& numbers,
                             bool* live) {
     const float *o = rays.origins + 3 * ray, *d = rays.directions + 3 * ray;
-    const Wide t = t_of<Wide>(rays, ray, number_of<Wide>(rays, ray, static_cast<float>(k) + numbers));
+    const Wide t = rays.t_row ? load<Wide>(rays.t_row + k)
+                              : t_of<Wide>(rays, ray, number_of<Wide>(rays, ray, static_cast<float>(k) + numbers));
     WideBits inside = ~WideBits{}, cell{}, between{};
     for (int i = 2; i >= 0; --i) {  // z first: it is the slowest of a cell's indices
         const Wide xyz = o[i] + d[i] * t;
@@ -120,11 +123,18 @@ int32_t march_fill(const Rays* rays, const int64_t* candidates, const uint8_t* l
             int64_t at = offsets[ray];
             for (int64_t k = 0; k < n; ++k) {
                 if (!flags[k]) continue;
-                const float t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
-                const float following = number_of(*rays, ray, static_cast<float>(k) + 1);
+                float t, distance = 0;
+                if (rays->t_row) {
+                    t = rays->t_row[k];
+                    distance = rays->delta_row[k] * rays->length[ray];
+                } else {
+                    t = t_of(*rays, ray, number_of(*rays, ray, static_cast<float>(k)));
+                    const float following = number_of(*rays, ray, static_cast<float>(k) + 1);
+                    if (k < n_samples - 1) distance = t_of(*rays, ray, following) - t;
+                }
                 ray_of[at] = ray;
                 t_out[at] = t;
-                delta[at] = k < n_samples - 1 ? t_of(*rays, ray, following) - t : 0;
+                delta[at] = distance;
                 for (int i = 0; i < 3; ++i)
                     position[3 * at + i] = (o[i] + d[i] * t - rays->low[i]) * rays->scale[i] - 1;
                 ++at;

@@ -1,6 +1,6 @@
 """Marching, weights and compositing in plain torch, the definition that every other backend must equal."""
 
 from components.compositing import composite, ray_weights
-from components.marching import march_box
+from components.marching import march_box, march_ndc
 
-__all__ = ["composite", "march_box", "ray_weights"]
+__all__ = ["composite", "march_box", "march_ndc", "ray_weights"]

@@ -3,12 +3,14 @@
 Letters: B rays, K samples, Kc coloured ones, k sample number, u jitter, T transmittance. One program (one warp) takes
 a ray and goes along it BLOCK numbers or samples at a time, so nothing as long as all candidates is ever stored.
 
-march_box keeps exactly the definition's samples: the same float32 expressions in the same order, without fused
+Marching keeps exactly the definition's samples: the same float32 expressions in the same order, without fused
 multiply-adds (UNFUSED) and without Triton's `/`, which is not rounded correctly. Weights are running
 products in float32, as the reference's cumprod. Anything that is not float32 on CUDA takes torch_rendering's way.
 
 With a capacity (see components.marching.Samples.n_live) marching does not wait for the device.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from components.marching import Mask, Samples, box_intersection, candidate_counts, normalise
+from components.marching import Mask, Samples, box_intersection, candidate_counts, ndc_rows, normalise
 from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.kernels import torch_rendering
@@ -44,12 +46,20 @@ def _occupied_cell(x, AXIS: tl.constexpr, scale, mask_aabb, size):
 
 
 @triton.jit
+def _ray_parameter(number, valid, start, step, u, t_row, NDC: tl.constexpr):
+    """t [BLOCK] of sample numbers of one ray."""
+    if NDC:
+        return tl.load(t_row + number, mask=valid, other=0.0)
+    else:
+        return start + step * (number.to(tl.float32) + u)
+
+
+@triton.jit
 def _candidates(
-    k, valid, u, t_enter, step, origin, direction, aabb,
+    t, valid, origin, direction, aabb,
     cells, allowed, scale, mask_aabb, size_x, size_y, size_z, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(t, x, y, z, whether the sample lives), each [BLOCK], of sample numbers k float32 of one ray."""
-    t = t_enter + step * (k + u)
+    """(x, y, z, whether the sample lives), each [BLOCK], at t [BLOCK] of one ray."""
     x = tl.load(origin) + tl.load(direction) * t
     y = tl.load(origin + 1) + tl.load(direction + 1) * t
     z = tl.load(origin + 2) + tl.load(direction + 2) * t
@@ -65,27 +75,37 @@ def _candidates(
         bits = tl.load(cells + cell, mask=live, other=0)
         corners = tl.load(allowed + (between_x + 2 * between_y + 4 * between_z))
         live = live & ((bits & corners) != 0)
-    return t, x, y, z, live
+    return x, y, z, live
+
+
+@triton.jit
+def _start_and_jitter(t_enter, jitter, ray, NDC: tl.constexpr, JITTERED: tl.constexpr):
+    """Where a ray's sample numbers begin, and by how much of a step they are moved; NDC's t say both."""
+    start = 0.0
+    u = 0.0
+    if not NDC:
+        start = tl.load(t_enter + ray)
+        if JITTERED:
+            u = tl.load(jitter + ray)
+    return start, u
 
 
 @triton.jit(do_not_specialize=["step", "size_x", "size_y", "size_z"])
 def _count(
-    counts, n_candidates, t_enter, jitter, origins, directions, step, aabb,
+    counts, n_candidates, t_enter, jitter, t_row, origins, directions, step, aabb,
     cells, allowed, scale, mask_aabb, size_x, size_y, size_z,
-    JITTERED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    NDC: tl.constexpr, JITTERED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts [B] int64: live samples of each ray."""
     ray = tl.program_id(0).to(tl.int64)
     n = tl.load(n_candidates + ray)
-    start = tl.load(t_enter + ray)
-    u = 0.0
-    if JITTERED:
-        u = tl.load(jitter + ray)
+    start, u = _start_and_jitter(t_enter, jitter, ray, NDC, JITTERED)
     total = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n, BLOCK):
         number = first + tl.arange(0, BLOCK)
-        _, _, _, _, live = _candidates(
-            number.to(tl.float32), number < n, u, start, step, origins + 3 * ray, directions + 3 * ray, aabb,
+        t = _ray_parameter(number, number < n, start, step, u, t_row, NDC)
+        _, _, _, live = _candidates(
+            t, number < n, origins + 3 * ray, directions + 3 * ray, aabb,
             cells, allowed, scale, mask_aabb, size_x, size_y, size_z, MASKED,
         )  # fmt: skip
         total += live.to(tl.int32)
@@ -94,30 +114,30 @@ def _count(
 
 @triton.jit(do_not_specialize=["step", "n_samples", "size_x", "size_y", "size_z"])
 def _fill(
-    rays, ts, deltas, positions, box_scale, offsets, n_samples,
-    n_candidates, t_enter, jitter, origins, directions, step, aabb,
+    rays, ts, deltas, positions, box_scale, offsets, n_samples, delta_row, length,
+    n_candidates, t_enter, jitter, t_row, origins, directions, step, aabb,
     cells, allowed, scale, mask_aabb, size_x, size_y, size_z,
-    JITTERED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    NDC: tl.constexpr, JITTERED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes each ray's samples from offsets[ray] on, those that end before offsets[ray + 1]: rays [K] int64, ts [K],
     deltas [K], positions [K, 3]."""
     ray = tl.program_id(0).to(tl.int64)
     n = tl.load(n_candidates + ray)
-    start = tl.load(t_enter + ray)
-    u = 0.0
-    if JITTERED:
-        u = tl.load(jitter + ray)
+    start, u = _start_and_jitter(t_enter, jitter, ray, NDC, JITTERED)
     written = tl.load(offsets + ray)
     end = tl.load(offsets + ray + 1)
     for first in range(0, n, BLOCK):
         number = first + tl.arange(0, BLOCK)
-        k = number.to(tl.float32)
-        t, x, y, z, live = _candidates(
-            k, number < n, u, start, step, origins + 3 * ray, directions + 3 * ray, aabb,
+        t = _ray_parameter(number, number < n, start, step, u, t_row, NDC)
+        x, y, z, live = _candidates(
+            t, number < n, origins + 3 * ray, directions + 3 * ray, aabb,
             cells, allowed, scale, mask_aabb, size_x, size_y, size_z, MASKED,
         )  # fmt: skip
-        following = start + step * ((k + 1) + u)
-        delta = tl.where(number < n_samples - 1, following - t, 0.0)
+        if NDC:
+            delta = tl.load(delta_row + number, mask=number < n, other=0.0) * tl.load(length + ray)
+        else:
+            following = start + step * ((number.to(tl.float32) + 1) + u)
+            delta = tl.where(number < n_samples - 1, following - t, 0.0)
         one = live.to(tl.int32)
         slot = written + tl.cumsum(one, 0) - one
         live = live & (slot < end)
@@ -146,25 +166,86 @@ def march_box(
     capacity: None, or how many samples there is room for: capacity + 1 are made, see Samples.n_live. Raises ValueError
     if it is asked for where the kernels do not serve.
     """
-    floats = [rays.origins, rays.directions, aabb, *([] if jitter is None else [jitter])]
-    masks = [mask.aabb] if isinstance(mask, AlphaMask) else []
-    if not len(rays) or not serves(*floats, *masks) or (mask is not None and not masks):
-        if capacity is not None:
-            raise ValueError("a capacity needs rays, box and mask in float32 on CUDA")
+    if not _takes(rays, aabb, jitter, mask, capacity):
         return torch_rendering.march_box(rays, aabb, near, far, step, n_samples, jitter, mask)
     t_enter, t_exit = box_intersection(rays, aabb)
     t_enter = t_enter.clamp(near, far)
-    with torch.no_grad(), torch.cuda.device_of(aabb):
-        origins, directions, aabb = rays.origins.contiguous(), rays.directions.contiguous(), aabb.contiguous()
+    with torch.no_grad():
         n_candidates = candidate_counts(t_enter, t_exit, step, n_samples)
-        # Pointers that are not read: aabb's.
-        u = aabb if jitter is None else jitter.contiguous()
-        masked = (aabb, aabb, aabb, aabb, 2, 2, 2)
-        if mask is not None:
-            masked = (mask.cells.contiguous(), mask.allowed, mask.scale, mask.aabb.contiguous(), *mask.grid_size)
-        arguments = (n_candidates, t_enter.contiguous(), u, origins, directions, float(step), aabb, *masked)
-        options = {"JITTERED": jitter is not None, "MASKED": mask is not None, "BLOCK": _BLOCK}
-        options |= {"num_warps": _WARPS} | UNFUSED
+        given = {"t_enter": t_enter.contiguous(), "jitter": None if jitter is None else jitter.contiguous()}
+        samples = _marched(rays, aabb, mask, capacity, n_candidates, n_samples, float(step), **given)
+    if rays.detach_samples or not (rays.origins.requires_grad or rays.directions.requires_grad):
+        return samples
+    # The same values; t moves as its ray's t_enter does.
+    t = samples.t + (t_enter - t_enter.detach()).index_select(0, samples.ray)
+    return replace(samples, t=t, position=_moving(rays, samples, t, aabb))
+
+
+def march_ndc(
+    rays: Rays,
+    aabb: Tensor,
+    near: float,
+    far: float,
+    n_samples: int,
+    jitter: Tensor | None = None,
+    mask: Mask | None = None,
+    capacity: int | None = None,
+) -> Samples:
+    """Samples of rays in aabb and mask; see components.marching.march_ndc. jitter: [1, S]; capacity: see march_box."""
+    t_row, delta_row = ndc_rows(rays, near, far, n_samples, jitter)
+    if len(t_row) > 1 or not _takes(rays, aabb, t_row, mask, capacity):
+        if capacity is not None:
+            raise ValueError("a capacity needs one jitter for all rays")
+        return torch_rendering.march_ndc(rays, aabb, near, far, n_samples, jitter, mask)
+    length = torch.linalg.vector_norm(rays.directions, dim=-1)
+    with torch.no_grad():
+        n_candidates = torch.full((len(rays),), n_samples, dtype=torch.int64, device=aabb.device)
+        own = torch.ones_like(length) if length.requires_grad else length
+        given = {"t_row": t_row[0].contiguous(), "delta_row": delta_row[0].contiguous(), "length": own}
+        samples = _marched(rays, aabb, mask, capacity, n_candidates, n_samples, 0.0, **given)
+    if length.requires_grad:
+        samples = replace(samples, delta=samples.delta * length.index_select(0, samples.ray))
+    if rays.detach_samples or not (rays.origins.requires_grad or rays.directions.requires_grad):
+        return samples
+    return replace(samples, position=_moving(rays, samples, samples.t, aabb))
+
+
+def _takes(rays: Rays, aabb: Tensor, numbers: Tensor | None, mask: Mask | None, capacity: int | None) -> bool:
+    """Whether the kernels serve; numbers: jitter or t. Raises ValueError if not, but a capacity is asked for."""
+    floats = [rays.origins, rays.directions, aabb, *([] if numbers is None else [numbers])]
+    masks = [mask.aabb] if isinstance(mask, AlphaMask) else []
+    taken = len(rays) > 0 and serves(*floats, *masks) and (mask is None or len(masks) > 0)
+    if not taken and capacity is not None:
+        raise ValueError("a capacity needs rays, box and mask in float32 on CUDA")
+    return taken
+
+
+def _marched(
+    rays: Rays,
+    aabb: Tensor,
+    mask: AlphaMask | None,
+    capacity: int | None,
+    n_candidates: Tensor,
+    n_samples: int,
+    step: float,
+    t_enter: Tensor | None = None,
+    jitter: Tensor | None = None,
+    t_row: Tensor | None = None,
+    delta_row: Tensor | None = None,
+    length: Tensor | None = None,
+) -> Samples:
+    """Samples without gradients, of n_candidates [B] int64 sample numbers a ray: from t_enter [B] on, or at t_row [S]
+    of NDC."""
+    origins, directions, aabb = rays.origins.contiguous(), rays.directions.contiguous(), aabb.contiguous()
+    # Pointers that are not read: aabb's.
+    masked = (aabb, aabb, aabb, aabb, 2, 2, 2)
+    if mask is not None:
+        masked = (mask.cells.contiguous(), mask.allowed, mask.scale, mask.aabb.contiguous(), *mask.grid_size)
+    options = {"NDC": t_row is not None, "JITTERED": jitter is not None, "MASKED": mask is not None, "BLOCK": _BLOCK}
+    options |= {"num_warps": _WARPS} | UNFUSED
+    own = [aabb if x is None else x for x in (t_enter, jitter, t_row, delta_row, length)]
+    arguments = (n_candidates, *own[:3], origins, directions, step, aabb, *masked)
+    with torch.cuda.device_of(aabb):
         offsets = torch.zeros(len(rays) + 1, dtype=torch.int64, device=aabb.device)
         counts = torch.empty_like(n_candidates)
         _count[(len(rays),)](counts, *arguments, **options)
@@ -173,16 +254,18 @@ def march_box(
         ray, t, delta, position = _memory(offsets, aabb) if capacity is None else _room(capacity, offsets, aabb)
         box_scale = 2.0 / (aabb[1] - aabb[0])  # as components.marching.normalise
         if len(ray):
-            _fill[(len(rays),)](ray, t, delta, position, box_scale, offsets, n_samples, *arguments, **options)
-    if not rays.detach_samples and (rays.origins.requires_grad or rays.directions.requires_grad):
-        # The same values; t moves as its ray's t_enter does.
-        t = t + (t_enter - t_enter.detach()).index_select(0, ray)
-        origins, directions = (x.index_select(0, ray) for x in (rays.origins, rays.directions))
-        moved = normalise(origins + directions * t[:, None], aabb)
-        if n_live is not None:
-            moved = torch.where((position == _NOWHERE).all(-1, keepdim=True), position, moved)
-        position = moved
+            outputs = (ray, t, delta, position, box_scale, offsets, n_samples, *own[3:])
+            _fill[(len(rays),)](*outputs, *arguments, **options)
     return Samples(ray, t, delta, position, offsets, n_live)
+
+
+def _moving(rays: Rays, samples: Samples, t: Tensor, aabb: Tensor) -> Tensor:
+    """Positions of samples at t, which follow their rays' gradients; what is nobody's stays where it is."""
+    origins, directions = (x.index_select(0, samples.ray) for x in (rays.origins, rays.directions))
+    moved, position = normalise(origins + directions * t[:, None], aabb), samples.position
+    if samples.n_live is None:
+        return moved
+    return torch.where((position == _NOWHERE).all(-1, keepdim=True), position, moved)
 
 
 def _memory(offsets: Tensor, aabb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -259,9 +342,13 @@ def _weights_forward(
 
 @triton.jit(do_not_specialize=["shift", "scale"])
 def _weights_backward(
-    gradient, upstream, light, feature, delta, offsets, shift, scale, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """d loss / d feature [K]. dw_j/dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i: from a ray's last sample on."""
+    gradient, to_delta, upstream, light, feature, delta, offsets, shift, scale,
+    SOFTPLUS: tl.constexpr, DISTANCES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d loss / d feature [K] and, if DISTANCES, d loss / d delta [K].
+
+    dw_j/dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i: from a ray's last sample on.
+    """
     ray = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets + ray)
     end = tl.load(offsets + ray + 1)
@@ -281,12 +368,15 @@ def _weights_backward(
         to_alpha = g - later / (1 - _opacity(depth) + 1e-10)
         slope = 1 / (1 + tl.exp(-(f + shift))) if SOFTPLUS else tl.where(f > 0, 1.0, 0.0)
         # exp(-depth), not 1 - alpha: of that, an opaque sample has lost all digits.
-        tl.store(gradient + i, to_alpha * tl.exp(-depth) * length * slope, mask=valid)
+        to_depth = to_alpha * tl.exp(-depth)
+        tl.store(gradient + i, to_depth * length * slope, mask=valid)
+        if DISTANCES:
+            tl.store(to_delta + i, to_depth * _density(f, shift, SOFTPLUS) * scale, mask=valid)
         carried = tl.sum(tl.where(lane == BLOCK - 1, later, 0.0), 0)
 
 
 class _Weights(torch.autograd.Function):
-    """Weights [K] of density features [K]."""
+    """Weights [K] of density features [K] and distances [K]."""
 
     @staticmethod
     def forward(
@@ -308,16 +398,17 @@ class _Weights(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         light, feature, delta, offsets = ctx.saved_tensors
         numbers, options = ctx.settings
-        gradient = ctx.new(feature)
-        arguments = (gradient, grad.contiguous(), light, feature, delta, offsets)
+        gradient, distances = ctx.new(feature), ctx.needs_input_grad[1]
+        to_delta = ctx.new(delta) if distances else None
+        arguments = (gradient, gradient if to_delta is None else to_delta, grad.contiguous(), light, feature, delta)
         with torch.cuda.device_of(feature):
-            _weights_backward[(len(offsets) - 1,)](*arguments, *numbers, **options)
-        return gradient, None, None, None, None, None, None
+            _weights_backward[(len(offsets) - 1,)](*arguments, offsets, *numbers, **options, DISTANCES=distances)
+        return gradient, to_delta, None, None, None, None, None
 
 
 def ray_weights(feature: Tensor, samples: Samples, activation: str, shift: float, scale: float) -> Tensor:
     """Weights w [K] of samples; see components.compositing.ray_weights."""
-    if not len(samples) or samples.delta.requires_grad or not serves(feature, samples.delta):
+    if not len(samples) or not serves(feature, samples.delta):
         return torch_rendering.ray_weights(feature, samples, activation, shift, scale)
     padded = samples.n_live is not None
     return _Weights.apply(feature, samples.delta, samples.offsets, padded, activation == "softplus", shift, scale)
