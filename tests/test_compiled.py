@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import dataclasses
 import subprocess
 import sys
 
@@ -178,6 +179,20 @@ def test_samples_follow_their_rays_gradient_as_in_the_definition(detach):
 
 
 # --- weights and compositing ---
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("seed", range(3))
+def test_distances_have_the_gradients_of_the_definition(activation, seed, n_threads):
+    given = marched(marching, seed, 200, True, True)
+    start = 3 * torch.randn(len(given), generator=torch.Generator().manual_seed(seed))
+    upstream, results = torch.linspace(-1, 1.5, len(given)), []
+    for module, dtype in ((compiled_rendering, torch.float32), (compositing, torch.float64)):
+        feature, delta = (x.to(dtype).requires_grad_() for x in (start.clone(), given.delta.clone()))
+        weights = module.ray_weights(feature, dataclasses.replace(given, delta=delta), activation, -1.0, 25.0)
+        results.append(torch.autograd.grad((weights * upstream.to(dtype)).sum(), (feature, delta)))
+    for ours, definition in zip(*results, strict=True):
+        close(ours, definition)
+
+
 @pytest.mark.parametrize("activation", ["softplus", "relu"])
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_and_colours_of_rays_equal_the_definition_forward_and_backward(activation, seed, n_threads):

@@ -51,8 +51,8 @@ def _library() -> ctypes.CDLL:
     return libraries()["rendering"]
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _prefix(counts: Tensor) -> Tensor:
@@ -164,13 +164,15 @@ def _mask(mask: AlphaMask | None) -> _Mask:
 
 class _RayWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, feature: Tensor, samples: Samples, softplus: bool, shift: float, scale: float) -> Tensor:
-        feature, delta = feature.contiguous(), samples.delta.contiguous()
+    def forward(
+        ctx, feature: Tensor, delta: Tensor, offsets: Tensor, softplus: bool, shift: float, scale: float
+    ) -> Tensor:
+        feature, delta, offsets = feature.contiguous(), delta.contiguous(), offsets.contiguous()
         alpha, weights = torch.empty_like(feature), torch.empty_like(feature)
         ends = (softplus, ctypes.c_float(shift), ctypes.c_float(scale))
-        given = (_at(feature), _at(delta), _at(samples.offsets), ctypes.c_int64(samples.n_rays), *ends)
+        given = (_at(feature), _at(delta), _at(offsets), ctypes.c_int64(len(offsets) - 1), *ends)
         _library().weights_forward(*given, _at(alpha), _at(weights), threads.count())
-        ctx.save_for_backward(feature, delta, samples.offsets, alpha, weights)
+        ctx.save_for_backward(feature, delta, offsets, alpha, weights)
         ctx.ends = ends
         return weights
 
@@ -179,20 +181,21 @@ class _RayWeights(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         feature, delta, offsets, alpha, weights = ctx.saved_tensors
         grad, gradient = grad.contiguous(), torch.empty_like(feature)
+        to_delta = torch.empty_like(delta) if ctx.needs_input_grad[1] else None
         given = (
             *map(_at, (feature, delta, offsets, alpha, weights, grad)),
             ctypes.c_int64(len(offsets) - 1),
             *ctx.ends,
         )
-        _library().weights_backward(*given, _at(gradient), threads.count())
-        return gradient, None, None, None, None
+        _library().weights_backward(*given, _at(gradient), _at(to_delta), threads.count())
+        return gradient, to_delta, None, None, None, None
 
 
 def ray_weights(feature: Tensor, samples: Samples, activation: str, shift: float, scale: float) -> Tensor:
     """See components.compositing.ray_weights."""
-    if feature.dtype != torch.float32 or samples.delta.dtype != torch.float32 or samples.delta.requires_grad:
+    if feature.dtype != torch.float32 or samples.delta.dtype != torch.float32:
         return torch_rendering.ray_weights(feature, samples, activation, shift, scale)
-    return _RayWeights.apply(feature, samples, activation == "softplus", shift, scale)
+    return _RayWeights.apply(feature, samples.delta, samples.offsets, activation == "softplus", shift, scale)
 
 
 class _Composite(torch.autograd.Function):

@@ -85,6 +85,16 @@ void slopes(const float* __restrict feature, const float* __restrict delta, int6
     }
 }
 
+// d alpha / d delta [n].
+template <bool SOFTPLUS>
+void distance_slopes(const float* __restrict feature, const float* __restrict delta, int64_t n, float shift,
+                     float scale, float* __restrict slope) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float sigma = sigma_of(feature[i], SOFTPLUS, shift);
+        slope[i] = exp_of(-sigma * (delta[i] * scale)) * sigma * scale;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -160,14 +170,17 @@ int32_t weights_forward(const float* feature, const float* delta, const int64_t*
     });
 }
 
-// d loss / d feature [K] from d loss / d weights: dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
+// d loss / d feature [K] and, unless it is null, d loss / d delta [K] from d loss / d weights: dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
 int32_t weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
                          const float* weights, const float* upstream, int64_t n_rays, int32_t softplus,
-                         float shift, float scale, float* gradient, int32_t threads) {
+                         float shift, float scale, float* gradient, float* to_delta, int32_t threads) {
     return share_range(n_rays, RAYS, threads, [&](int64_t first, int64_t end) {
         const FlushDenormals flush;
         const int64_t from = offsets[first], n_all = offsets[end] - from;
         (softplus ? slopes<true> : slopes<false>)(feature + from, delta + from, n_all, shift, scale, gradient + from);
+        if (to_delta)
+            (softplus ? distance_slopes<true> : distance_slopes<false>)(feature + from, delta + from, n_all, shift,
+                                                                       scale, to_delta + from);
         std::vector<float> before;
         for (int64_t ray = first; ray < end; ++ray) {
             const int64_t begin = offsets[ray], n = offsets[ray + 1] - begin;
@@ -182,6 +195,7 @@ int32_t weights_backward(const float* feature, const float* delta, const int64_t
                 const float to_alpha = upstream[i] * before[i - begin] - static_cast<float>(later) / rest;
                 later += static_cast<double>(upstream[i]) * weights[i];
                 gradient[i] *= to_alpha;
+                if (to_delta) to_delta[i] *= to_alpha;
             }
         }
     });
