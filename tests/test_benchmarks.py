@@ -14,6 +14,7 @@ from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
 from benchmarks.step import FIELDS, VARIANTS, measure
+from opt import parse_options
 from tests.helpers import GOLDEN
 from utils.errors import RunsFailed
 from utils.memory import MemoryMeter
@@ -129,17 +130,28 @@ def test_a_benchmarks_help_is_its_own_and_all_it_does(name, monkeypatch, capsys)
     assert (ROOT / "README.md").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("argv", "seed"), [([], 0), (["--seed", "3"], 3)])
-def test_the_twin_trains_seed_0_as_the_committed_row_does_unless_told_otherwise(argv, seed, monkeypatch):
-    asked = []
-    monkeypatch.setattr(twin, "put_twin_in_place", lambda: None)
-    monkeypatch.setattr(twin, "write_report", lambda *_, **__: None)
-    monkeypatch.setattr(twin.train, "run", lambda options: asked.append(options) or {})
+@pytest.mark.parametrize(("argv", "seeds"), [([], [0]), (["--seed", "3"], [3]), (["--seeds", "2"], [0, 1])])
+def test_the_twin_trains_seed_0_and_so_on_unless_told_otherwise(argv, seeds, monkeypatch):
+    asked, reported = [], []
+    monkeypatch.setattr(twin, "write_report", lambda tag, runs, prefix: reported.extend(runs))
+    monkeypatch.setattr(twin.subprocess, "run", lambda command, **_: asked.append(command) or Namespace(returncode=0))
+    monkeypatch.setattr(twin, "read_json", lambda path: {"folder": path.parent.name})
     monkeypatch.setattr("sys.argv", ["twin", *argv])
     twin.main()
-    assert [(o.seed, o.strategy, o.n_iters) for o in asked] == [(seed, "full", 1500)]
-    committed = json.loads((RESULTS / "speed_lego200_dense-twin_cpu.json").read_text())
-    assert [run["seed"] for run in committed["runs"]] == [0]
+    assert len(reported) == len(asked) == len(seeds)
+    for command, seed in zip(asked, seeds, strict=True):
+        assert command[1:4] == ["-m", "benchmarks.twin", "--one"]
+        o = parse_options(command[4:])
+        assert (o.seed, o.strategy, o.n_iters, o.tag) == (seed, "full", 1500, twin.TAG)
+
+
+def test_a_run_of_the_twin_has_the_twin_in_place(monkeypatch):
+    ran = []
+    monkeypatch.setattr(twin, "put_twin_in_place", lambda: ran.append("twin"))
+    monkeypatch.setattr(twin.train, "run", lambda options: ran.append(options.n_iters))
+    monkeypatch.setattr("sys.argv", ["twin", "--one", "--config", "configs/lego200.txt", "--n_iters", "7"])
+    twin.main()
+    assert ran == ["twin", 7]
 
 
 @pytest.mark.parametrize("number", ["0", "-3", "1.5", "many"])
