@@ -104,6 +104,23 @@ def test_the_borders_of_chunks_do_not_matter(monkeypatch):
     assert_close(case.results(), case.definition())
 
 
+@pytest.mark.skipif(not ON_CUDA, reason="too many samples for the interpreter")
+def test_more_samples_than_single_precision_can_number_have_colours():
+    n = 2**24 + 5
+    many, few = Case(3, 1, 1, 16, 1), Case(3, 1, 1, 16, 1)
+    # Only some, the last ones among them, have gradients.
+    some = torch.cat([torch.arange(0, n, 15_000), torch.arange(2**24 - 3, n)]).unique()
+    generator = torch.Generator().manual_seed(0)
+    many.features, many.view = torch.randn(n, 3, generator=generator), torch.randn(7, 3, generator=generator)
+    many.ray = torch.randint(7, (n,), generator=generator)
+    few.features, few.view, few.ray = many.features[some], many.view, many.ray[some]
+    few.upstream = torch.randn(len(some), 3, generator=generator)
+    many.upstream = torch.zeros(n, 3).index_copy_(0, some, few.upstream)
+    ours = many.results()
+    assert ours[1].count_nonzero() <= 3 * len(some)
+    assert_close([ours[0][some], ours[1][some], *ours[2:]], few.definition())
+
+
 def test_no_samples_have_no_colours():
     ours = Case(27, 2, 2, 16, 0).results()
     assert ours[0].shape == (0, 3)
