@@ -91,10 +91,11 @@ def profiled(trainer: Trainer, steps: int) -> tuple[dict[str, float], dict[str, 
         torch.cuda.synchronize()
     events = profiler.key_averages()
     calls = {e.key: e.count / steps for e in events if e.key.startswith(("cuda", "cuLaunch"))}
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    longest = sorted(on_device, key=lambda e: -e.self_device_time_total)[:LONGEST]
-    times = {e.key[:100]: e.self_device_time_total / steps for e in longest}
-    return dict(sorted(calls.items(), key=lambda item: -item[1])), times
+    times = Counter()
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            times[event.key[:200]] += event.self_device_time_total / steps
+    return dict(sorted(calls.items(), key=lambda item: -item[1])), dict(times.most_common(LONGEST))
 
 
 def measure(argv: list[str], device: torch.device, warm_up: int, steps: int) -> dict:

@@ -39,14 +39,13 @@ def compiled(kernel, capability: int, constants: dict, types=(), **options) -> s
 def compile_network(capability: int) -> None:
     """The colour network's kernels for a usual and an odd network, in all precisions; they must fit into an H100's
     shared memory."""
-    usual = {"F": 27, "FEA_PE": 2, "VIEW_PE": 2, "WIDTH": 150, "H": 128, "F2": 32, "V2": 16, "H2": 128}
-    odd = {"F": 64, "FEA_PE": 0, "VIEW_PE": 10, "WIDTH": 127, "H": 100, "F2": 64, "V2": 64, "H2": 128}
+    usual = {"F": 27, "FEA_PE": 2, "VIEW_PE": 2, "WIDTH": 176, "H": 128, "F2": 32, "V2": 16, "H2": 128}
+    odd = {"F": 64, "FEA_PE": 0, "VIEW_PE": 10, "WIDTH": 128, "H": 100, "F2": 64, "V2": 64, "H2": 128}
     network = triton_network
-    kernels = (network._network_forward, network._hidden_gradients, network._input_gradients)
     for sizes, precision in ((usual, "tf32"), (usual, "bf16"), (usual, "tf32x3"), (odd, "tf32"), (odd, "tf32x3")):
-        for kernel, rows in zip(kernels, (network._ROWS, network._HIDDEN_ROWS, network._INPUT_ROWS), strict=True):
-            flags = {"COUNTED": precision == "tf32", "VIEW": precision != "tf32", "PRECISION": precision, "P": rows}
-            compiled(kernel, capability, sizes | flags, **network._LAUNCH)
+        flags = {"COUNTED": precision == "tf32", "VIEW": precision != "tf32", "PRECISION": precision}
+        for kernel in (network._network_forward, network._hidden_gradients, network._input_gradients):
+            compiled(kernel, capability, sizes | flags | {"P": network._ROWS}, **network._LAUNCH)
 
 
 def main() -> None:

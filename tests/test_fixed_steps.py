@@ -59,8 +59,7 @@ def _as_on_cuda(monkeypatch):
     monkeypatch.setattr(triton_lookups, "_GRADIENT_TILE", 1 << 11)
     monkeypatch.setattr(triton_rendering, "_BLOCK", 64)
     monkeypatch.setattr(triton_rendering, "_FLAT_BLOCK", 1 << 10)
-    for rows in ("_ROWS", "_HIDDEN_ROWS", "_INPUT_ROWS"):
-        monkeypatch.setattr(triton_network, rows, 512)
+    monkeypatch.setattr(triton_network, "_ROWS", 512)
     monkeypatch.setattr("models.field._COLOUR_CHUNK", {})
     monkeypatch.setattr(kernels, "select", lambda device: TRITON)
     monkeypatch.setattr(compiled_network, "serves", lambda *given: False)

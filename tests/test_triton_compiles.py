@@ -27,7 +27,7 @@ KERNELS = {
     "TensorCP": {"_cp_forward": 2, "_cp_gradients": 2, "_cp_positions": 2, "_cp_until_opaque": 1},
 }
 # Bytes a thread that do not fit into its registers, of 1020.
-SPILLED = {"_hidden_gradients": 64}
+SPILLED = {"_hidden_gradients": 320, "_input_gradients": 32}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """FeatureNetwork (models/shading.py) as Triton kernels, for CUDA (Hopper): encodings, three layers and their gradients.
 
-Letters: K samples, B rays, F features, H hidden units, WIDTH inputs of the network; P samples of a program's tile; F2,
-H2, V2 the numbers of features, hidden units and inputs of the view, padded for matrix products; z1, z2, z3 what the
-layers give before their activation.
+Letters: K samples, B rays, F features, H hidden units, I inputs; P samples of a program's tile; F2, H2, V2 the numbers
+of features, hidden units and inputs of the view, padded for matrix products; WIDTH inputs as the kernels order and pad
+them; z1, z2, z3 what the layers give before their activation.
 
 A network's activations are a hundred times larger than what goes in and comes out. Forward keeps them in registers
 and stores the colours alone. Backward makes them again, a chunk of samples at a time, and stores what torch's products
@@ -19,11 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from models.kernels.triton_common import INTERPRETED, numbered, power_of_two, serves
 
-# Samples of a tile, as the registers allow; without copies of the weights for tiles to come, which nothing would read.
-_ROWS, _HIDDEN_ROWS, _INPUT_ROWS, _LAUNCH = 128, 64, 128, {"num_warps": 8, "num_stages": 1}
+# Samples of a tile: what one warp group multiplies at once, so that two programs share a multiprocessor; without copies
+# of the weights for tiles to come, which nothing would read.
+_ROWS, _LAUNCH = 64, {"num_warps": 4, "num_stages": 1}
 # Samples whose activations are held at once: 134 MiB for a usual network.
 _CHUNK = 1 << 16
 # What registers and shared memory were seen to suffice for.
@@ -45,28 +47,16 @@ def _product(a, b, to, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _matrix(w, row, column, valid_row, valid_column, WIDTH: tl.constexpr):
-    """(where, valid): the numbers of a matrix' entries at rows x columns, whose rows are WIDTH long."""
-    return w + row[:, None] * WIDTH + column[None, :], valid_row[:, None] & valid_column[None, :]
+def _places(w, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, R2: tl.constexpr, C2: tl.constexpr):
+    """(where, valid) [R2, C2]: columns start .. start + C2 - 1 of a matrix of ROWS rows, WIDTH numbers apart."""
+    row, column = tl.arange(0, R2), start + tl.arange(0, C2)
+    return w + row[:, None] * WIDTH + column[None, :], (row < ROWS)[:, None] & (column < WIDTH)[None, :]
 
 
 @triton.jit
-def _block(w, start, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, C2: tl.constexpr):  # fmt: skip # noqa: E501
-    """(where, valid) [H2, C2] of COLUMNS columns of a layer's weights [H, WIDTH], from `start` on, every STRIDE."""
-    row, column = tl.arange(0, H2), tl.arange(0, C2)
-    return _matrix(w, row, start + STRIDE * column, row < H, column < COLUMNS, WIDTH)
-
-
-@triton.jit
-def _view_block(w1, F: tl.constexpr, FEA_PE: tl.constexpr, VIEW_PE: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, V2: tl.constexpr):  # fmt: skip # noqa: E501
-    """(where, valid) [H2, V2] of the view's and its encoding's columns of w1."""
-    row, column = tl.arange(0, H2), tl.arange(0, V2)
-    place = tl.where(column < 3, F + column, F + 2 * F * FEA_PE + column)
-    return _matrix(w1, row, place, row < H, column < 3 + 6 * VIEW_PE, WIDTH)
-
-
-@triton.jit
-def _read(where, valid):
+def _block(w, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, R2: tl.constexpr, C2: tl.constexpr):
+    """The numbers there, zeros behind."""
+    where, valid = _places(w, start, ROWS, WIDTH, R2, C2)
     return tl.load(where, mask=valid, other=0.0)
 
 
@@ -74,7 +64,8 @@ def _read(where, valid):
 def _rows(x, k, live, WIDTH: tl.constexpr, W2: tl.constexpr):
     """[P, W2] rows k of x [K, WIDTH], zeros behind."""
     column = tl.arange(0, W2)
-    return _read(x + k[:, None] * WIDTH + column[None, :], live[:, None] & (column < WIDTH)[None, :])
+    valid = live[:, None] & (column < WIDTH)[None, :]
+    return tl.load(x + k[:, None] * WIDTH + column[None, :], mask=valid, other=0.0)
 
 
 @triton.jit
@@ -84,11 +75,11 @@ def _view_angles(view, ray, k, live, VIEW_PE: tl.constexpr, V2: tl.constexpr):
     column = tl.arange(0, V2)
     number = (column - 3) % (3 * VIEW_PE) if VIEW_PE else column
     axis = tl.where(column < 3, column, number // VIEW_PE if VIEW_PE else column)
-    power = tl.where(column < 3, 0, number % VIEW_PE if VIEW_PE else column)
-    frequency = tl.exp2(power.to(tl.float32))
+    power = tl.where(column < 3, 0, number % VIEW_PE if VIEW_PE else 0)
+    frequency = (1 << power).to(tl.float32)
     where = 3 * tl.load(ray + k, mask=live, other=0)[:, None] + axis[None, :]
     valid = live[:, None] & (column < 3 + 6 * VIEW_PE)[None, :]
-    return _read(view + where, valid) * frequency[None, :], frequency, where, valid
+    return tl.load(view + where, mask=valid, other=0.0) * frequency[None, :], frequency, where, valid
 
 
 @triton.jit
@@ -103,12 +94,13 @@ def _view_inputs(angle, frequency, VIEW_PE: tl.constexpr, V2: tl.constexpr):
 
 @triton.jit
 def _sine_and_cosine(x):
-    """Of angles of any size. CUDA's own keep a table in memory for the large ones; here a quarter turn is taken off in
+    """Of angles up to 2^51. CUDA's own keep a table in memory for the large ones; here quarter turns are taken off in
     double precision, and Cephes' polynomials serve what is left."""
     angle = x.to(tl.float64)
-    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
-    r = (angle - quarters * 1.5707963267948966).to(tl.float32)
-    quadrant = (quarters - 4 * tl.floor(quarters * 0.25)).to(tl.int32)
+    # 1.5 * 2^52 added: what is left of the mantissa is the nearest whole number.
+    shifted = angle * 0.6366197723675814 + 6755399441055744.0
+    r = (angle - (shifted - 6755399441055744.0) * 1.5707963267948966).to(tl.float32)
+    quadrant = shifted.to(tl.int64, bitcast=True).to(tl.int32) & 3
     q = r * r
     sine = r + r * q * (-1.6666654611e-1 + q * (8.3321608736e-3 - q * 1.9515295891e-4))
     cosine = 1 - 0.5 * q + q * q * (4.166664568298827e-2 + q * (-1.388731625493765e-3 + q * 2.443315711809948e-5))
@@ -124,10 +116,10 @@ def _relu(x):
 
 
 @triton.jit
-def _bias(b, SIZE: tl.constexpr, SIZE2: tl.constexpr):
-    """[1, SIZE2] of a layer's bias [SIZE]."""
+def _bias(b, P: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr):
+    """[P, SIZE2] of a layer's bias [SIZE]."""
     number = tl.arange(0, SIZE2)
-    return tl.load(b + number, mask=number < SIZE, other=0.0)[None, :]
+    return tl.zeros([P, SIZE2], tl.float32) + tl.load(b + number, mask=number < SIZE, other=0.0)[None, :]
 
 
 @triton.jit
@@ -138,22 +130,17 @@ def _hidden_layers(
 ):  # fmt: skip
     """Both hidden layers [P, H2] of samples k."""
     x = _rows(features, k, live, F, F2)
-    where, valid = _block(w1, 0, 1, F, WIDTH, H, H2, F2)
-    z = _product(x, tl.trans(_read(where, valid)), tl.zeros([P, H2], tl.float32) + _bias(b1, H, H2), PRECISION)
+    z = _product(x, tl.trans(_block(w1, 0, H, WIDTH, H2, F2)), _bias(b1, P, H, H2), PRECISION)
     sine, cosine = _sine_and_cosine(x)
     for power in tl.static_range(FEA_PE):
-        where, valid = _block(w1, F + 3 + power, FEA_PE, F, WIDTH, H, H2, F2)
-        z = _product(sine, tl.trans(_read(where, valid)), z, PRECISION)
-        where, valid = _block(w1, F + 3 + F * FEA_PE + power, FEA_PE, F, WIDTH, H, H2, F2)
-        z = _product(cosine, tl.trans(_read(where, valid)), z, PRECISION)
+        z = _product(sine, tl.trans(_block(w1, (1 + 2 * power) * F2, H, WIDTH, H2, F2)), z, PRECISION)
+        z = _product(cosine, tl.trans(_block(w1, (2 + 2 * power) * F2, H, WIDTH, H2, F2)), z, PRECISION)
         sine, cosine = 2 * sine * cosine, 1 - 2 * sine * sine
     angle, frequency, _, _ = _view_angles(view, ray, k, live, VIEW_PE, V2)
     encoded, _ = _view_inputs(angle, frequency, VIEW_PE, V2)
-    where, valid = _view_block(w1, F, FEA_PE, VIEW_PE, WIDTH, H, H2, V2)
-    z = _product(encoded, tl.trans(_read(where, valid)), z, PRECISION)
+    z = _product(encoded, tl.trans(_block(w1, WIDTH - V2, H, WIDTH, H2, V2)), z, PRECISION)
     first = _relu(z)
-    where, valid = _block(w2, 0, 1, H, H, H, H2, H2)
-    z = _product(first, tl.trans(_read(where, valid)), tl.zeros([P, H2], tl.float32) + _bias(b2, H, H2), PRECISION)
+    z = _product(first, tl.trans(_block(w2, 0, H, H, H2, H2)), _bias(b2, P, H, H2), PRECISION)
     return first, _relu(z)
 
 
@@ -175,9 +162,7 @@ def _network_forward(
         _, hidden = _hidden_layers(
             features, view, ray, k, live, w1, b1, w2, b2, F, FEA_PE, VIEW_PE, WIDTH, H, F2, V2, H2, P, PRECISION
         )
-        where, valid = _block(w3, 0, 1, H, H, 3, _RGB, H2)
-        z = tl.zeros([P, _RGB], tl.float32) + _bias(b3, 3, _RGB)
-        z = _product(hidden, tl.trans(_read(where, valid)), z, PRECISION)
+        z = _product(hidden, tl.trans(_block(w3, 0, 3, H, _RGB, H2)), _bias(b3, P, 3, _RGB), PRECISION)
         channel = tl.arange(0, _RGB)
         valid = live[:, None] & (channel < 3)[None, :]
         tl.store(rgb + k[:, None] * 3 + channel[None, :], 1 / (1 + tl.exp(-z)), mask=valid)
@@ -210,15 +195,13 @@ def _hidden_gradients(
         colour = _rows(rgb, k, live, 3, _RGB)
         slope = _rows(upstream, k, live, 3, _RGB) * colour * (1 - colour)
         tl.atomic_add(to_b3 + channel, tl.sum(slope, 0), mask=channel < 3, sem="relaxed")
-        where, valid = _block(to_w3, 0, 1, H, H, 3, _RGB, H2)
+        where, valid = _places(to_w3, 0, 3, H, _RGB, H2)
         weights = _product(tl.trans(slope), second, tl.zeros([_RGB, H2], tl.float32), PRECISION)
         tl.atomic_add(where, weights, mask=valid, sem="relaxed")
-        where, valid = _block(w3, 0, 1, H, H, 3, _RGB, H2)
-        slope = tl.where(second > 0, _product(slope, _read(where, valid), none, PRECISION), 0.0)
+        slope = tl.where(second > 0, _product(slope, _block(w3, 0, 3, H, _RGB, H2), none, PRECISION), 0.0)
         tl.store(to_z2 + row, slope, mask=inside)
         tl.atomic_add(to_b2 + unit, tl.sum(slope, 0), mask=unit < H, sem="relaxed")
-        where, valid = _block(w2, 0, 1, H, H, H, H2, H2)
-        slope = tl.where(first > 0, _product(slope, _read(where, valid), none, PRECISION), 0.0)
+        slope = tl.where(first > 0, _product(slope, _block(w2, 0, H, H, H2, H2), none, PRECISION), 0.0)
         tl.store(first_layer + row, first, mask=inside)
         tl.store(to_z1 + row, slope, mask=inside)
         tl.atomic_add(to_b1 + unit, tl.sum(slope, 0), mask=unit < H, sem="relaxed")
@@ -239,50 +222,44 @@ def _input_gradients(
     adds d loss / d view if VIEW."""
     local = tl.program_id(0) * P + tl.arange(0, P)  # of a chunk: 32 bits suffice
     k = begin + local.to(tl.int64)
-    inside = k < end
+    inside = (k < end)[:, None]
     if COUNTED:
         end = tl.minimum(end, tl.load(count))
     live = k < end
-    feature, column = tl.arange(0, F2), tl.arange(0, V2)
+    feature = tl.arange(0, F2)[None, :]
     row = inputs + local[:, None] * WIDTH
-    inside_x = inside[:, None] & (feature < F)[None, :]
-    inside_v = inside[:, None] & (column < 3 + 6 * VIEW_PE)[None, :]
-    place = tl.where(column < 3, F + column, F + 2 * F * FEA_PE + column)
-    own = to_features + k[:, None] * F + feature[None, :]
+    row_x, row_v = row + feature, row + (WIDTH - V2) + tl.arange(0, V2)[None, :]
+    own = to_features + k[:, None] * F + feature
     none = tl.zeros([P, F2], tl.float32)
     if begin + tl.program_id(0).to(tl.int64) * P < end:
         slope = _rows(to_z1, local, live, H, H2)
         x = _rows(features, k, live, F, F2)
-        tl.store(row + feature[None, :], x, mask=inside_x)
-        where, valid = _block(w1, 0, 1, F, WIDTH, H, H2, F2)
-        to_x = _product(slope, _read(where, valid), none, PRECISION)
+        tl.store(row_x, x, mask=inside)
+        to_x = _product(slope, _block(w1, 0, H, WIDTH, H2, F2), none, PRECISION)
         sine, cosine = _sine_and_cosine(x)
         factor = 1.0
         for power in tl.static_range(FEA_PE):
-            start = F + 3 + power
-            tl.store(row + start + FEA_PE * feature[None, :], sine, mask=inside_x)
-            where, valid = _block(w1, start, FEA_PE, F, WIDTH, H, H2, F2)
-            to_x += factor * _product(slope, _read(where, valid), none, PRECISION) * cosine
-            start = F + 3 + F * FEA_PE + power
-            tl.store(row + start + FEA_PE * feature[None, :], cosine, mask=inside_x)
-            where, valid = _block(w1, start, FEA_PE, F, WIDTH, H, H2, F2)
-            to_x -= factor * _product(slope, _read(where, valid), none, PRECISION) * sine
+            start = (1 + 2 * power) * F2
+            tl.store(row_x + start, sine, mask=inside)
+            to_x += factor * _product(slope, _block(w1, start, H, WIDTH, H2, F2), none, PRECISION) * cosine
+            start = (2 + 2 * power) * F2
+            tl.store(row_x + start, cosine, mask=inside)
+            to_x -= factor * _product(slope, _block(w1, start, H, WIDTH, H2, F2), none, PRECISION) * sine
             sine, cosine = 2 * sine * cosine, 1 - 2 * sine * sine
             factor *= 2.0
-        tl.store(own, to_x, mask=inside_x)
-        angle, frequency, coordinate, valid_v = _view_angles(view, ray, k, live, VIEW_PE, V2)
-        encoded, slope_v = _view_inputs(angle, frequency, VIEW_PE, V2)
-        tl.store(row + place[None, :], encoded, mask=inside_v)
+        tl.store(own, to_x, mask=inside & (feature < F))
+        angle, frequency, coordinate, valid = _view_angles(view, ray, k, live, VIEW_PE, V2)
+        encoded, turned = _view_inputs(angle, frequency, VIEW_PE, V2)
+        tl.store(row_v, encoded, mask=inside)
         if VIEW:
-            where, valid = _view_block(w1, F, FEA_PE, VIEW_PE, WIDTH, H, H2, V2)
-            to_inputs = _product(slope, _read(where, valid), tl.zeros([P, V2], tl.float32), PRECISION)
-            tl.atomic_add(to_view + coordinate, to_inputs * slope_v, mask=valid_v, sem="relaxed")
+            none_v = tl.zeros([P, V2], tl.float32)
+            to_inputs = _product(slope, _block(w1, WIDTH - V2, H, WIDTH, H2, V2), none_v, PRECISION)
+            tl.atomic_add(to_view + coordinate, to_inputs * turned, mask=valid, sem="relaxed")
     else:
-        tl.store(own, none, mask=inside_x)
-        tl.store(row + feature[None, :], none, mask=inside_x)
-        for block in tl.static_range(2 * FEA_PE):
-            tl.store(row + F + 3 + block * F + feature[None, :], none, mask=inside_x)
-        tl.store(row + place[None, :], tl.zeros([P, V2], tl.float32), mask=inside_v)
+        tl.store(own, none, mask=inside & (feature < F))
+        for block in tl.static_range(1 + 2 * FEA_PE):
+            tl.store(row_x + block * F2, none, mask=inside)
+        tl.store(row_v, tl.zeros([P, V2], tl.float32), mask=inside)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -291,10 +268,30 @@ def _padded(number: int) -> int:
     return max(power_of_two(number), 16)
 
 
-def _options(features: Tensor, w1: Tensor, fea_pe: int, view_pe: int, dtype: torch.dtype) -> dict:
+@functools.cache
+def _columns(n_features: int, fea_pe: int, view_pe: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the kernels' inputs stand among FeatureNetwork's [I], its number of inputs for those it does not have, and
+    the other way round: each of FeatureNetwork's inputs among the kernels' [WIDTH].
+
+    The kernels' are blocks of F2: features, sines and cosines of each frequency in turn; and V2 of the view.
+    """
+    first, n_theirs = n_features + 3, n_features * (1 + 2 * fea_pe) + 3 * (1 + 2 * view_pe)
+    blocks = [list(range(n_features))]
+    for power in range(fea_pe):
+        for start in (first, first + n_features * fea_pe):
+            blocks.append([start + feature * fea_pe + power for feature in range(n_features)])
+    view = [*range(n_features, first), *range(first + 2 * n_features * fea_pe, n_theirs)]
+    columns = [c for block in blocks for c in (*block, *[n_theirs] * (_padded(n_features) - n_features))]
+    theirs = torch.tensor([*columns, *view, *[n_theirs] * (_padded(len(view)) - len(view))])
+    return theirs.to(device), torch.argsort(theirs, stable=True)[:n_theirs].to(device)
+
+
+def _options(features: Tensor, hidden: int, fea_pe: int, view_pe: int, dtype: torch.dtype) -> dict:
     """What all kernels are compiled for."""
-    sizes = {"F": features.shape[1], "FEA_PE": fea_pe, "VIEW_PE": view_pe, "WIDTH": w1.shape[1], "H": w1.shape[0]}
-    padded = {"F2": _padded(sizes["F"]), "V2": _padded(3 + 6 * view_pe), "H2": _padded(sizes["H"])}
+    n_features, n_view = features.shape[1], 3 + 6 * view_pe
+    padded = {"F2": _padded(n_features), "V2": _padded(n_view), "H2": _padded(hidden)}
+    width = padded["F2"] * (1 + 2 * fea_pe) + padded["V2"]
+    sizes = {"F": n_features, "FEA_PE": fea_pe, "VIEW_PE": view_pe, "WIDTH": width, "H": hidden}
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     if dtype == torch.bfloat16:
         precision = "rounded" if INTERPRETED else "bf16"
@@ -307,8 +304,11 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind: tuple, count: Tensor | None, features: Tensor, view: Tensor, ray: Tensor, *layers: Tensor):
         features, view, ray = features.contiguous(), view.contiguous(), ray.contiguous()
-        layers, n = [x.contiguous() for x in layers], len(features)
-        ctx.options = _options(features, layers[0], *kind) | {"COUNTED": count is not None}
+        w1, *others = layers
+        n, others = len(features), [x.contiguous() for x in others]
+        ctx.options = _options(features, len(w1), *kind) | {"COUNTED": count is not None}
+        theirs, ctx.ours = _columns(features.shape[1], *kind[:2], features.device)
+        layers = (pad(w1, (0, 1)).index_select(1, theirs), *others)
         # What is nobody's is not written, and black.
         rgb = features.new_empty(n, 3) if count is None else features.new_zeros(n, 3)
         if n:
@@ -328,22 +328,23 @@ class _Network(torch.autograd.Function):
         to_w1, to_b1, to_w2, to_b2, to_w3, to_b3 = (torch.zeros_like(x) for x in layers)
         if count is None:
             count = ray  # a pointer that is not read
+        chunk = min(n, _CHUNK)
+        inputs, *activations = (features.new_empty(chunk, width) for width in (w1.shape[1], hidden, hidden, hidden))
         for begin in range(0, n, _CHUNK):
             end = min(begin + _CHUNK, n)
-            inputs = features.new_empty(end - begin, w1.shape[1])
-            first, to_z1, to_z2 = (features.new_empty(end - begin, hidden) for _ in range(3))
+            first, to_z1, to_z2 = (x[: end - begin] for x in activations)
             given = (features, view, ray, begin, end, count)
             with torch.cuda.device_of(features):
                 outputs = (first, to_z1, to_z2, to_b1, to_b2, to_w3, to_b3)
-                grid = (triton.cdiv(end - begin, _HIDDEN_ROWS),)
+                grid = (triton.cdiv(end - begin, _ROWS),)
                 arguments = (*outputs, grad, rgb, *given, w1, b1, w2, b2, w3)
-                _hidden_gradients[grid](*arguments, **ctx.options, P=_HIDDEN_ROWS)
+                _hidden_gradients[grid](*arguments, **ctx.options, P=_ROWS)
                 outputs = (to_features, view if to_view is None else to_view, inputs)
-                grid = (triton.cdiv(end - begin, _INPUT_ROWS),)
-                own = {"P": _INPUT_ROWS, "VIEW": to_view is not None}
+                own = {"P": _ROWS, "VIEW": to_view is not None}
                 _input_gradients[grid](*outputs, to_z1, *given, w1, **ctx.options, **own)
-            to_w1.addmm_(to_z1.T, inputs)
+            to_w1.addmm_(to_z1.T, inputs[: end - begin])
             to_w2.addmm_(to_z2.T, first)
+        to_w1 = to_w1.index_select(1, ctx.ours)
         return None, None, to_features, to_view, None, to_w1, to_b1, to_w2, to_b2, to_w3, to_b3
 
 
