@@ -693,10 +693,12 @@ class Trainer:
         n_first = max(min([self.options.n_iters, *self.options.update_AlphaMask_list[:1]]) - self.iteration, 0)
         n_later = self.options.n_iters - self.iteration - n_first
         first, later = (1.0, 1.0) if resumed else (FIRST_STEP_SHARE, LATER_STEP_SHARE)
+        seconds = step * (first * n_first + later * n_later)
+        left = self.options.n_iters - self.iteration
         return (
-            f"{self.options.n_iters - self.iteration} steps on {device_name(self.device)}: about "
-            f"{eta_text(step * (first * n_first + later * n_later))} (a step takes up to {1000 * step:.0f} ms now, "
-            "less once the alpha mask exists, more as the grid grows)"
+            f"{left} steps on {device_name(self.device)}: about {eta_text(seconds)} of training, evaluations not "
+            f"counted (a step takes up to {1000 * step:.0f} ms now, less where the alpha mask leaves space out, more "
+            "as the grid grows)"
         )
 
     # --- reporting ---

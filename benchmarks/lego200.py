@@ -30,18 +30,21 @@ KEYS += "colour_samples_per_step stages peak_memory_mb static_memory_mb step_mem
 
 
 def main() -> None:
-    from benchmarks.script import positive
+    from benchmarks.script import positive, require_own_seeds
     from opt import parse_options
     from run import check_ready, train_isolated
     from utils.run_folder import read_json, run_folder
     from utils.variants import parse_variants
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--strategies", default="full")
     parser.add_argument("--save_dir", default=None, help="where to keep the runs; default: a temporary folder")
     parser.add_argument("--prefix", default="lego200", help="of the JSON files' names; another one keeps these")
     own, rest = parser.parse_known_args()
+    require_own_seeds(parser, own.seeds, rest)
     save_dir = own.save_dir or tempfile.mkdtemp(prefix="lego200_")
     for variant in parse_variants(own.strategies):
         runs = []

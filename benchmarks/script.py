@@ -29,6 +29,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def require_own_seeds(parser: argparse.ArgumentParser, n_seeds: int, rest: Sequence[str]) -> None:
+    """Ends with a message if `rest`, the options of the runs, has a seed that all n_seeds runs would share."""
+    if n_seeds > 1 and any(word == "--seed" or word.startswith("--seed=") for word in rest):
+        parser.error(f"--seed: {n_seeds} runs have seeds of their own, 0 and so on; with --seeds 1 it is the run's")
+
+
 def result_of(command: Sequence[str], what: str) -> dict:
     """The JSON in the last line of a benchmark's output; it has a process of its own. Raises its UserError, and
     SystemExit with its traceback if it failed otherwise; what: how that names it."""

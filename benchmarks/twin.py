@@ -20,7 +20,7 @@ import torch
 
 import train
 from benchmarks.lego200 import write_report
-from benchmarks.script import exit_code, positive
+from benchmarks.script import exit_code, positive, require_own_seeds
 from components.regularisers import l1_norm
 from models import optimizers
 from models.field import Field
@@ -68,6 +68,7 @@ def main() -> None:
         put_twin_in_place()
         train.run(parse_options(rest))
         return
+    require_own_seeds(parser, own.seeds, rest)
     runs = []
     with tempfile.TemporaryDirectory(prefix="logtwin_") as temporary:
         for seed in range(own.seeds):

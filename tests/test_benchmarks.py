@@ -9,7 +9,18 @@ import cv2
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_comparison, kernels, readme_tables, scaling, script, step, training, twin
+from benchmarks import (
+    gpu_check,
+    gpu_comparison,
+    kernels,
+    lego200,
+    readme_tables,
+    scaling,
+    script,
+    step,
+    training,
+    twin,
+)
 from benchmarks.fields import after_mask, before_mask, camera_rays
 from benchmarks.readme_tables import RESULTS, ROOT, with_tables
 from benchmarks.scaling_figure import figure
@@ -139,10 +150,27 @@ def test_the_twin_trains_seed_0_and_so_on_unless_told_otherwise(argv, seeds, mon
     monkeypatch.setattr("sys.argv", ["twin", *argv])
     twin.main()
     assert len(reported) == len(asked) == len(seeds)
+    assert {run["kernels"] for run in reported} == {"dense twin"}
     for command, seed in zip(asked, seeds, strict=True):
         assert command[1:4] == ["-m", "benchmarks.twin", "--one"]
         o = parse_options(command[4:])
         assert (o.seed, o.strategy, o.n_iters, o.tag) == (seed, "full", 1500, twin.TAG)
+
+
+@pytest.mark.parametrize("seed", [["--seed", "3"], ["--seed=3"]])
+@pytest.mark.parametrize("module", [twin, lego200])
+def test_runs_of_several_seeds_have_no_seed_of_their_own(module, seed, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", "--seeds", "2", *seed])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "with --seeds 1 it is the run's" in capsys.readouterr().err
+
+
+def test_a_run_of_the_twin_that_fails_ends_with_its_exit_code(monkeypatch):
+    monkeypatch.setattr(twin.subprocess, "run", lambda *_, **__: Namespace(returncode=75))
+    monkeypatch.setattr("sys.argv", ["twin"])
+    with pytest.raises(SystemExit, match="75"):
+        twin.main()
 
 
 def test_a_run_of_the_twin_has_the_twin_in_place(monkeypatch):
@@ -171,6 +199,46 @@ def test_runs_that_failed_and_a_process_that_broke_say_why(capsys):
     assert capsys.readouterr().err == "1 of 3 runs failed:\nlego: no space\n"
     with pytest.raises(SystemExit, match=r"(?s)packed failed:\n.*ZeroDivisionError"):
         script.result_of(["-c", "1 / 0"], "packed")
+
+
+def test_the_twin_is_compared_with_replayed_steps_where_there_are_any():
+    milliseconds = {"packed": 4.0, "replayed": 2.0, "twin": 8.0}
+    results = [
+        {"variant": variant, "field": field, "ms": {"step": ms * (1 + (field == "after"))}, "step_memory_mb": 1.0}
+        for field in FIELDS
+        for variant, ms in milliseconds.items()
+    ]
+    ratios = step.compare(results)
+    assert ratios["time_ratio_twin_over_packed"] == {"before": 2.0, "after": 2.0}
+    assert ratios["time_ratio_twin_over_replayed"] == {"before": 4.0, "after": 4.0}
+    assert "time_ratio_twin_over_replayed" not in step.compare([r for r in results if r["variant"] != "replayed"])
+
+
+def test_replayed_steps_are_measured_on_cuda_alone(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def invented(variant, field, options):
+        asked.append((variant, field))
+        counts = {"live_per_ray": 1.0, "colour_per_ray": 1.0}
+        return {
+            **{"variant": variant, "field": field, "ms": dict.fromkeys(step.PHASES, 1.0 + len(variant))},
+            **{"step_ms_all": [], "step_memory_mb": 1.0, **counts},
+        }
+
+    monkeypatch.setattr(step, "ROOT", tmp_path)
+    monkeypatch.setattr(step, "measure_in_fresh_process", invented)
+    monkeypatch.setattr("utils.device.device_name", lambda device: "a GPU")
+    argv = ["step", "--device", "cuda", "--rounds", "1", "--only", "packed,replayed,twin"]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr("utils.device.choose_device", lambda name: torch.device("cuda"))
+    step.main()
+    assert set(asked) == {(variant, field) for variant in ("packed", "replayed", "twin") for field in FIELDS}
+    report = json.loads((tmp_path / "benchmarks" / "results" / "step_cuda.json").read_text())
+    assert report["time_ratio_twin_over_replayed"]["before"] == 5 / 9
+    assert "twin/replayed before-mask 0.56" in capsys.readouterr().out
+    monkeypatch.setattr("utils.device.choose_device", lambda name: torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        step.main()
 
 
 # --- gpu-check, as far as it goes without a GPU ---
@@ -325,6 +393,8 @@ def test_the_default_check_compares_trainings_of_the_same_steps_and_sanitizes_a_
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
     code, report = run_check(monkeypatch, tmp_path)
     assert code == 0
+    (steps,) = (command for command in commands if "benchmarks.step" in command)
+    assert steps[steps.index("--only") + 1] == "packed,replayed,twin"
     trainings = [command for command in commands if "benchmarks.training" in command]
     assert len(trainings) == 6
     assert "--test_every" not in trainings[0]  # all views

@@ -88,7 +88,21 @@ def test_marching_in_ndc_takes_any_number_of_samples(n_samples):
     for name in ("ray", "t", "delta", "position", "offsets"):
         assert torch.equal(getattr(ours, name), getattr(definition, name)), name
     nothing = Rays(torch.zeros(0, 3), torch.zeros(0, 3))
-    assert len(marched_in_ndc(compiled_rendering, 5, 0, True, (1, n_samples), n_samples, nothing)) == 0
+    for shape in (None, (1, n_samples), (0, n_samples)):
+        assert len(marched_in_ndc(compiled_rendering, 5, 0, True, shape, n_samples, nothing)) == 0
+
+
+@pytest.mark.parametrize("ndc", [False, True])
+def test_double_precision_is_marched_as_in_the_definition(ndc):
+    field, rays = random_field(4, ndc=ndc, masked=False), random_rays(4, 50, ndc)
+    rays, box = Rays(rays.origins.double(), rays.directions.double()), field.aabb.double()
+    if ndc:
+        ours, definition = (m.march_ndc(rays, box, 0.0, 1.0, 40) for m in (compiled_rendering, marching))
+    else:
+        ours, definition = (m.march_box(rays, box, 0.1, 6.0, field.step, 90) for m in (compiled_rendering, marching))
+    assert len(ours) > 100
+    for name in ("ray", "t", "delta", "position", "offsets"):
+        assert torch.equal(getattr(ours, name), getattr(definition, name)), name
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -4,6 +4,7 @@ On a CUDA device with CUDA's graphs (marked cuda then). Elsewhere Triton's kerne
 stands for the graphs.
 """
 
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -243,16 +244,40 @@ def test_double_precision_has_no_capacity():
 @pytest.mark.parametrize("name", ["before", "after"])
 def test_replayed_steps_are_measured_and_move_nothing(monkeypatch, name):
     recorder = fixed_steps.graph_recorder if ON_CUDA else tape_recorder(monkeypatch)
-    field = a_field()
+    field, made = a_field(), []
+
+    class Noted(FixedSteps):
+        def make(self, *given, **more):
+            made.append((super().make(*given, **more), given[2]))
+            return made[-1][0]
+
     monkeypatch.setattr(replayed_step, f"{name}_mask", lambda device: field)
+    monkeypatch.setattr(replayed_step, "FixedSteps", Noted)
     monkeypatch.setattr(replayed_step, "WINDOW", 2)
     monkeypatch.setattr(fixed_steps, "LEAST", 64)
-    before = [parameter.clone() for parameter in field.parameters()]
-    result = replayed_step.measure(name, 8, 1, torch.device(DEVICE), recorder)
+    before, clock = [parameter.clone() for parameter in field.parameters()], time.perf_counter()
+    result = replayed_step.measure(name, 8, 3, torch.device(DEVICE), recorder)
+    seconds = time.perf_counter() - clock
+    assert result["ms"]["step"] < 1000 * seconds / 6  # of three windows of two
     assert min(result["ms"].values()) > 0
     assert result["ms"]["step"] >= result["ms"]["backward"]
     assert result["live_per_ray"] > 0
+    ((step, optimizer),) = made
+    assert step.ray_loss.sum() > 0
+    assert step.terms["reg_l1"] > 0
+    # One ordinary step, and four windows of two.
+    assert {int(state["step"]) for state in optimizer.state.values()} == {9}
     assert all(torch.equal(a, b) for a, b in zip(field.parameters(), before, strict=True))
+
+
+def test_replayed_steps_without_room_are_no_measurement(monkeypatch):
+    recorder = fixed_steps.graph_recorder if ON_CUDA else tape_recorder(monkeypatch)
+    field = a_field()
+    monkeypatch.setattr(replayed_step, "before_mask", lambda device: field)
+    monkeypatch.setattr(replayed_step, "WINDOW", 1)
+    monkeypatch.setattr(FixedSteps, "capacity", property(lambda steps: Capacity(3, 3)))
+    with pytest.raises(RuntimeError, match="updates were skipped"):
+        replayed_step.measure("before", 8, 1, torch.device(DEVICE), recorder)
 
 
 # --- what stands in the way ---

@@ -17,9 +17,6 @@ from models.alpha_mask import AlphaMask
 from models.kernels import threads, torch_rendering
 from models.kernels.compiled import libraries
 
-# Numbers that vectors.h takes side by side, at most.
-_WIDEST = 16
-
 
 class _Rays(ctypes.Structure):
     _fields_ = (
@@ -97,12 +94,13 @@ def march_ndc(
 ) -> Samples:
     """See components.marching.march_ndc."""
     t_row, delta_row = ndc_rows(rays, near, far, n_samples, jitter)
-    if len(t_row) > 1 or _foreign(mask, rays.origins, rays.directions, aabb, t_row):
+    if len(t_row) != 1 or _foreign(mask, rays.origins, rays.directions, aabb, t_row):
         return torch_rendering.march_ndc(rays, aabb, near, far, n_samples, jitter, mask)
     length = torch.linalg.vector_norm(rays.directions, dim=-1)
     with torch.no_grad():
         # A vector's reads go past the end.
-        rows = {"t_row": torch.nn.functional.pad(t_row[0], (0, _WIDEST)), "delta_row": delta_row[0].contiguous()}
+        wide = ctypes.c_int64.in_dll(_library(), "wide").value
+        rows = {"t_row": torch.nn.functional.pad(t_row[0], (0, wide)), "delta_row": delta_row[0].contiguous()}
         candidates = torch.arange(len(rays) + 1) * n_samples
         own = torch.ones_like(length) if length.requires_grad else length.contiguous()
         samples = _marched(rays, aabb, mask, candidates, n_samples, length=own, **rows)

@@ -16,7 +16,7 @@ struct Rays {
     const float *origins, *directions;  // [B, 3]
     const float *t_enter, *jitter;      // [B]; jitter may be null
     float step, low[3], high[3], scale[3];  // box; scale: 2 / (high - low)
-    // NDC: t and distance of each sample number [S + WIDE], what a ray's distances are multiplied by [B]; else null.
+    // NDC: t [S + WIDE] and distance [S] of each sample number, what a ray's distances are multiplied by [B]; else null.
     const float *t_row, *delta_row, *length;
 };
 
@@ -98,6 +98,9 @@ void distance_slopes(const float* __restrict feature, const float* __restrict de
 }  // namespace
 
 extern "C" {
+// What t_row is to be longer than S.
+extern const int64_t wide = WIDE;
+
 // Which candidates of all rays live: `live` [K0], those of ray r from candidates[r] on, and counts [B].
 int32_t march_count(const Rays* rays, const Mask* mask, const int64_t* candidates, int64_t n_rays,
                     uint8_t* live, int64_t* counts, int32_t threads) {
@@ -170,7 +173,8 @@ int32_t weights_forward(const float* feature, const float* delta, const int64_t*
     });
 }
 
-// d loss / d feature [K] and, unless it is null, d loss / d delta [K] from d loss / d weights: dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
+// d loss / d feature [K] and, unless it is null, d loss / d delta [K] from d loss / d weights:
+// dw_j / dalpha_i = -w_j / (1 - alpha_i + 1e-10) for j > i.
 int32_t weights_backward(const float* feature, const float* delta, const int64_t* offsets, const float* alpha,
                          const float* weights, const float* upstream, int64_t n_rays, int32_t softplus,
                          float shift, float scale, float* gradient, float* to_delta, int32_t threads) {
