@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs of the compute capabilities in argv (80, 90, ...); no GPU is needed.
 
-    python -m tests.compile_triton 80 90
+    python -m tests.compile_triton 80 90 network
 
 Says one line a kernel. The marching kernels must hold no fused multiply-add: they would round otherwise than torch.
 """
@@ -36,22 +36,24 @@ def compiled(kernel, capability: int, constants: dict, types=(), **options) -> s
     return result.asm["ptx"]
 
 
-def compile_network(capability: int) -> None:
-    """The colour network's kernels for a usual and an odd network, in all precisions; they must fit into an H100's
-    shared memory."""
+def compile_network() -> None:
+    """The colour network's kernels for a usual and an odd network, in all precisions, and for an H100, the only one
+    that they are for; they must fit into its shared memory."""
     usual = {"F": 27, "FEA_PE": 2, "VIEW_PE": 2, "WIDTH": 176, "H": 128, "F2": 32, "V2": 16, "H2": 128}
     odd = {"F": 64, "FEA_PE": 0, "VIEW_PE": 10, "WIDTH": 128, "H": 100, "F2": 64, "V2": 64, "H2": 128}
     network = triton_network
     for sizes, precision in ((usual, "tf32"), (usual, "bf16"), (usual, "tf32x3"), (odd, "tf32"), (odd, "tf32x3")):
         flags = {"COUNTED": precision == "tf32", "VIEW": precision != "tf32", "PRECISION": precision}
         for kernel in (network._network_forward, network._hidden_gradients, network._input_gradients):
-            compiled(kernel, capability, sizes | flags | {"P": network._ROWS}, **network._LAUNCH)
+            compiled(kernel, 90, sizes | flags | {"P": network._ROWS}, **network._LAUNCH)
 
 
 def main() -> None:
     warp, exact = {"num_warps": triton_rendering._WARPS}, triton_common.UNFUSED
     block = {"BLOCK": triton_rendering._BLOCK}
-    for capability in map(int, sys.argv[1:]):
+    if "network" in sys.argv[1:]:
+        compile_network()
+    for capability in (int(word) for word in sys.argv[1:] if word != "network"):
         compiled(triton_common._number, capability, {}, {"out": "*i64"})
         for count, padded, summed in ((16, 16, True), (48, 64, False), (5, 8, False)):
             tile = {"SUM": summed, "P": triton_lookups._TILE // padded}
@@ -80,8 +82,6 @@ def main() -> None:
             flags = {"SOFTPLUS": not flag, "DISTANCES": flag} | block
             for kernel in (triton_rendering._weights_forward, triton_rendering._weights_backward):
                 compiled(kernel, capability, flags, {"scale": "fp32"}, **warp)
-        if capability == 90:  # the only one that triton_network knows
-            compile_network(capability)
         compiled(triton_rendering._composite_forward, capability, block, **warp)
         compiled(triton_rendering._composite_backward, capability, {"BLOCK": triton_rendering._FLAT_BLOCK})
 
