@@ -690,11 +690,10 @@ class Trainer:
         resumed = self.field.alpha_mask is not None
         generator = make_generator(o.seed, "estimate", self.device)
         step = step_seconds(self.field, self.scene, o.batch_size, o.step_ratio, o.nSamples, generator)
-        n_first = max(min([self.options.n_iters, *self.options.update_AlphaMask_list[:1]]) - self.iteration, 0)
-        n_later = self.options.n_iters - self.iteration - n_first
+        left = o.n_iters - self.iteration
+        n_first = max(min([o.n_iters, *o.update_AlphaMask_list[:1]]) - self.iteration, 0)
         first, later = (1.0, 1.0) if resumed else (FIRST_STEP_SHARE, LATER_STEP_SHARE)
-        seconds = step * (first * n_first + later * n_later)
-        left = self.options.n_iters - self.iteration
+        seconds = step * (first * n_first + later * (left - n_first))
         return (
             f"{left} steps on {device_name(self.device)}: about {eta_text(seconds)} of training, evaluations not "
             f"counted (a step takes up to {1000 * step:.0f} ms now, less where the alpha mask leaves space out, more "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.fields import after_mask, before_mask, camera_scene
+from benchmarks.step import PHASES
 from components.cameras import cast_rays
 from components.grids import training_samples
 from components.regularisers import L1Density
@@ -16,8 +17,6 @@ from models.optimizers import make_adam
 from utils.memory import MemoryMeter, tensors_mb
 from utils.seeds import make_generator
 from utils.timing import PhaseTimer
-
-PHASES = ("step", "forward", "backward", "optimizer")
 
 
 def measure(

@@ -170,9 +170,8 @@ class Field(nn.Module):
         view = rays.directions
         if c.ndc:
             view = view / torch.linalg.vector_norm(view, dim=-1, keepdim=True)
-        known = None if capacity is None else n_colour
         position, ray = (x.index_select(0, coloured) for x in (samples.position, samples.ray))
-        colour = self.colours(position, view, ray, known)
+        colour = self.colours(position, view, ray, None if capacity is None else n_colour)
         rgb, opacity, distance = rendering.composite(weights, samples, coloured, colour)
         rgb = (rgb + (1.0 - opacity[:, None]) * background).clamp(0.0, 1.0)
         depth = distance + (1.0 - opacity.detach()) * c.far

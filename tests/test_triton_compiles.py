@@ -132,7 +132,7 @@ def main(model: str) -> None:
     )
 
     triton_common.INTERPRETED = True  # so that tensors on the CPU are taken
-    triton_network.known = lambda _: True
+    triton_network.suits = lambda _: True
     torch.set_float32_matmul_precision("high")  # as utils.device.choose_device
     compiled_network.serves = lambda *_: False
     # Full lego's components; CP with some that are no power of two, and the other activation.

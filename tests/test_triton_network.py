@@ -17,7 +17,7 @@ from models.kernels import triton_lookups, triton_network, triton_rendering
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
-pytestmark = [pytest.mark.skipif(ON_CUDA and not triton_network.known(torch.device("cuda")), reason="not for this GPU")]
+pytestmark = [pytest.mark.skipif(ON_CUDA and not triton_network.suits(torch.device("cuda")), reason="not for this GPU")]
 pytestmark += [pytest.mark.cuda] if ON_CUDA else []
 
 # Features, frequencies of the view and of the features, hidden units, samples.

@@ -349,16 +349,16 @@ class _Network(torch.autograd.Function):
 
 
 @functools.cache
-def known(device: torch.device) -> bool:
-    """Whether the tiles above suit a GPU: Hopper's matrix units. On others registers would not suffice."""
+def suits(device: torch.device) -> bool:
+    """Whether the tiles above are for this GPU: Hopper's matrix units. On others registers would not suffice."""
     return INTERPRETED or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def takes(module: torch.nn.Module, features: Tensor, view: Tensor) -> bool:
-    """Whether `colours` can take these: float32 on a GPU that is known, a FeatureNetwork that is not too wide."""
+    """Whether `colours` can take these: float32 on a GPU that they suit, a FeatureNetwork that is not too wide."""
     if type(module).__name__ != "FeatureNetwork" or not serves(features, view, *module.parameters()):
         return False
-    if not known(features.device):
+    if not suits(features.device):
         return False
     inputs = (features.shape[1], 3 + 6 * module.view_pe)
     return max(inputs) <= _MOST_INPUTS and module.mlp[0].out_features <= _MOST_HIDDEN
