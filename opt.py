@@ -518,6 +518,17 @@ def resolved_dict(options: argparse.Namespace) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(options, name)) for name in BY_NAME}
 
 
+def schedule_notes(options: argparse.Namespace) -> list[str]:
+    """A line for each schedule with steps that n_iters never reaches."""
+    notes = []
+    for name, what in (("upsamp_list", "the grid does not grow"), ("update_AlphaMask_list", "no alpha mask is made")):
+        missed = [step for step in getattr(options, name) if step >= options.n_iters]
+        if missed:
+            steps = f"{name}'s {', '.join(map(str, missed))}"
+            notes.append(f"n_iters = {options.n_iters} ends before {steps}: {what} there, unless --{name} is changed")
+    return notes
+
+
 def _apply_demo(command: _Layer) -> None:
     if command.values.get("demo"):
         named = command.values.setdefault("nerf_dataset", "demo")

@@ -30,7 +30,7 @@ from models.optimizers import crop_adam, load_adam, make_adam
 from models.outputs import evaluation_renderer, export, pictures, save_overview, save_views, score
 from models.rehearsal import step_seconds
 from models.room import room_faults
-from opt import RUN_IDENTITY_EXEMPT, resolved_dict
+from opt import RUN_IDENTITY_EXEMPT, resolved_dict, schedule_notes
 from samplers import build_sampler, check_strategy
 from utils.checkpoint_parts import check_like
 from utils.checkpoints import latest_checkpoint, load_latest, prune_checkpoints, save_checkpoint
@@ -162,7 +162,7 @@ def preflight(options: Namespace, folder: Path, device: torch.device) -> Inspect
         faults, notes = room_faults(options, config, image_bytes, test_pixels, folder, device)
         for line in faults:
             found.problems.add("options", line)
-        for line in notes:
+        for line in [*notes, *schedule_notes(options)]:
             found.problems.note(line)
     return found
 

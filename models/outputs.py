@@ -13,7 +13,7 @@ from components.types import Rays, RenderOutput, Scene
 from models.field import Field
 from models.files import write_mesh, write_tensorf
 from utils.console import say
-from utils.images import error_map, heat_map, save_png, side_by_side
+from utils.images import captioned, error_map, heat_map, save_png, side_by_side
 from utils.run_folder import atomic_file
 
 
@@ -69,7 +69,13 @@ def pictures(evaluation: Evaluation, draws: DrawCounts) -> dict[str, np.ndarray]
 
 def save_overview(path: Path, evaluation: Evaluation) -> None:
     """A rendering, its ground truth and its depth as one picture. Raises RunFolderError."""
-    save_png(path, side_by_side([evaluation.rgb, evaluation.ground_truth, evaluation.depth]))
+    near, far = evaluation.depth_limits
+    shown = [
+        captioned(evaluation.rgb, f"test view {evaluation.indices[0]}: {evaluation.psnr[0]:.2f} dB"),
+        captioned(evaluation.ground_truth, "ground truth"),
+        captioned(evaluation.depth, f"depth {near:.3g} (red) to {far:.3g}"),
+    ]
+    save_png(path, side_by_side(shown))
 
 
 def save_views(path: Path, evaluation: Evaluation, draws: DrawCounts) -> None:

@@ -143,7 +143,8 @@ def test_a_cuda_run_resumes_and_is_refused_on_the_cpu(data_folder, tmp_path, nam
 def test_a_run_replayed_as_graphs_resumes_and_tells_its_memory(data_folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fixed_steps, "SEEN", 2)
     monkeypatch.setattr(fixed_steps, "LEAST", 64)
-    o = options(data_folder, tmp_path, "syn", "TensorVMSplit", "--device", "cuda", "--cuda_graphs", "1")
+    more = ["--device", "cuda", "--cuda_graphs", "1", "--TV_weight_density", "0.1"]
+    o = options(data_folder, tmp_path, "syn", "TensorVMSplit", *more)
     advance, replayed = train.Trainer.advance, []
 
     def interrupted(self, most):

@@ -258,6 +258,13 @@ def test_a_save_dir_that_cannot_be_written_is_told(start):
     assert "notes.txt is a file" in out
 
 
+def test_steps_of_a_schedule_that_the_run_never_reaches_are_told(start):
+    code, out, err = start("--nerf_scene", "good", "--upsamp_list", "[1,2,3]", "--check_only")
+    assert code == 0
+    assert "note: n_iters = 2 ends before upsamp_list's 2, 3: the grid does not grow there" in out + err
+    assert "update_AlphaMask_list" not in out + err
+
+
 # --- how large a field is ---
 @pytest.mark.parametrize("shading", ["MLP_Fea", "MLP", "MLP_PE", "SH", "RGB"])
 @pytest.mark.parametrize("model", ["TensorVMSplit", "TensorCP"])

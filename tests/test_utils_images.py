@@ -8,7 +8,17 @@ from PIL import Image
 
 from tests.helpers import ROOT
 from utils.errors import RunFolderError
-from utils.images import depth_range, depth_to_color, heat_map, save_png, save_video, side_by_side, to_uint8
+from utils.images import (
+    CAPTION,
+    captioned,
+    depth_range,
+    depth_to_color,
+    heat_map,
+    save_png,
+    save_video,
+    side_by_side,
+    to_uint8,
+)
 
 
 def test_colours_are_rounded_and_clipped_not_truncated():
@@ -98,6 +108,16 @@ def test_more_visits_are_brighter_and_none_is_dark():
     assert (np.diff(brightness) > 0).all()
     assert brightness[0] < 10
     assert (heat_map(np.zeros((3, 4))).astype(int).sum(-1) < 10).all()
+
+
+@pytest.mark.parametrize("width", [3, 300])
+def test_a_caption_stands_over_the_picture(width):
+    image = np.zeros((4, width, 3))
+    picture = captioned(image, "ground truth")
+    assert picture.shape == (4 + CAPTION, width, 3)
+    assert picture[CAPTION:].max() == 0
+    assert picture[0].min() == picture[CAPTION - 1, :4].min() == 255
+    assert width == 3 or picture[:CAPTION].min() < 128
 
 
 def test_pictures_stand_side_by_side():

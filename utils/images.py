@@ -13,6 +13,8 @@ from utils.run_folder import naming_os_errors
 
 # The mean absolute error that error maps show as bright.
 BRIGHT_ERROR = 0.2
+# Height of a line of text, pixels.
+CAPTION = 20
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -75,6 +77,13 @@ def error_map(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def side_by_side(images: Iterable[np.ndarray]) -> np.ndarray:
     """Pictures [H, W_i, 3] of one height as one uint8 picture, left to right."""
     return np.concatenate([to_uint8(image) for image in images], axis=1)
+
+
+def captioned(image: np.ndarray, text: str) -> np.ndarray:
+    """A picture [H, W, 3] under a line of text, as uint8 [H + CAPTION, W, 3]; text that is too long is cut."""
+    strip = np.full((CAPTION, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(strip, text, (4, CAPTION - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([strip, to_uint8(image)])
 
 
 @contextmanager
