@@ -139,6 +139,18 @@ def march_box(
     return Samples(ray, t, delta, normalise(xyz, aabb), ray_offsets(ray, len(rays)))
 
 
+@torch.no_grad()
+def count_in_mask(rays: Rays, t_enter: Tensor, n_candidates: Tensor, step: float, mask: Mask) -> Tensor:
+    """[B] int64: how many samples at t_enter + step*k, k < n_candidates, lie in the mask, in the box or not.
+
+    t_enter [B]; n_candidates [B] int64; step: world units.
+    """
+    ray, k = expand_counts(n_candidates)
+    t = t_enter[ray] + step * k
+    hit = mask.occupied(rays.origins[ray] + rays.directions[ray] * t[:, None])
+    return torch.bincount(ray[hit], minlength=len(rays))
+
+
 def ndc_rows(rays: Rays, near: float, far: float, n_samples: int, jitter: Tensor | None) -> tuple[Tensor, Tensor]:
     """(t, distance to the next sample number or 0 for the last) [B or 1, S] of all sample numbers; see march_ndc."""
     t_row = torch.linspace(near, far, n_samples, device=rays.origins.device, dtype=rays.origins.dtype)[None]

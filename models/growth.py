@@ -3,23 +3,28 @@
 Letters: grid (Nx, Ny, Nz) points an axis; volumes are [Nz, Ny, Nx].
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool3d
 
 from components.cameras import cast_rays
 from components.grids import grid_coordinates
-from components.marching import box_intersection, candidate_counts, expand_counts
+from components.marching import box_intersection, candidate_counts
 from components.pixel_sets import pixel_batch
 from components.types import Rays, Scene
 from models.alpha_mask import AlphaMask
 from models.field import Field, factor
+from models.kernels import threads
 from utils.errors import EmptyMaskError
 
 # Alpha masks keep the field's resolution below this many voxels; above it, the last such resolution.
 MASK_VOXEL_LIMIT = 256**3
 # Samples a ray that decide whether it meets the mask.
 FILTER_SAMPLES = 256
+# Rays that a thread filters at once; on CUDA, where launches cost more than rays.
+FILTER_CHUNK, CUDA_FILTER_CHUNK = 1 << 12, 1 << 16
 
 
 @torch.no_grad()
@@ -112,10 +117,8 @@ def rays_meet_mask(field: Field, rays: Rays) -> Tensor:
     t_enter, _ = box_intersection(rays, field.aabb)
     _, t_exit = box_intersection(rays, torch.stack([mask.aabb[0] - cell, mask.aabb[1] + cell]))
     t_enter = t_enter.clamp(c.near, c.far)
-    ray, k = expand_counts(candidate_counts(t_enter, t_exit, field.step, FILTER_SAMPLES))
-    t = t_enter[ray] + field.step * k
-    hit = mask.occupied(rays.origins[ray] + rays.directions[ray] * t[:, None])
-    return torch.bincount(ray[hit], minlength=len(rays)) > 0
+    n_candidates = candidate_counts(t_enter, t_exit, field.step, FILTER_SAMPLES)
+    return field.kernels.rendering.count_in_mask(rays, t_enter, n_candidates, field.step, mask) > 0
 
 
 @torch.no_grad()
@@ -126,15 +129,25 @@ def rays_meet_box(field: Field, rays: Rays) -> Tensor:
 
 
 @torch.no_grad()
-def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None = None, chunk: int = 1 << 14) -> Tensor:
+def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None = None, chunk: int = 0) -> Tensor:
     """[M*H*W] bool: the scene's pixels whose rays meet the mask (or the box); a subset of `kept` if given.
 
-    chunk: rays at once; one looked up in the mask takes some 12 kB."""
+    chunk: rays at once, 0: FILTER_CHUNK or CUDA_FILTER_CHUNK; one looked up in the mask takes up to some 12 kB."""
     result = torch.zeros(scene.n_pixels, dtype=torch.bool, device=scene.device)
-    for start in range(0, scene.n_pixels, chunk):
+    on_cuda = scene.device.type == "cuda"
+    chunk = chunk or (CUDA_FILTER_CHUNK if on_cuda else FILTER_CHUNK)
+
+    def keep(start: int) -> None:
         index = torch.arange(start, min(start + chunk, scene.n_pixels), device=scene.device)
         if kept is not None:
             index = index[kept[index]]
         rays = cast_rays(scene, pixel_batch(index, scene.height, scene.width))
         result[index] = rays_meet_mask(field, rays) if by_mask else rays_meet_box(field, rays)
+
+    calls = [partial(keep, start) for start in range(0, scene.n_pixels, chunk)]
+    if on_cuda:
+        for call in calls:
+            call()
+    else:
+        threads.together(calls)
     return result

@@ -146,3 +146,16 @@ class Waits(TorchDispatchMode):
         told = (kwargs or {}).get("output_size") is not None
         self.count += name.startswith("repeat_interleave") and isinstance(args[0], torch.Tensor) and not told
         return function(*args, **(kwargs or {}))
+
+
+def counted_in_mask(rendering, field, rays, mask=None):
+    """How many of each ray's samples lie in the mask, of up to 90 that begin before the field's box and go on behind
+    it, and of rays that are NaN or have none."""
+    device = rays.origins.device
+    t_enter = torch.linspace(-0.5, 5.0, len(rays), device=device)
+    n_candidates = torch.arange(len(rays), device=device) % 91
+    origins = rays.origins.clone()
+    origins[1::50] = torch.nan
+    return rendering.count_in_mask(
+        Rays(origins, rays.directions), t_enter, n_candidates, field.step, mask or field.alpha_mask
+    )

@@ -25,7 +25,7 @@ from models.kernels import (
 from models.kernels.compiled import libraries
 from models.kernels.torch_lookups import LINE_AXES, PLANE_AXES
 from models.shading import build_shading
-from tests.helpers import random_field, random_rays
+from tests.helpers import counted_in_mask, random_field, random_rays
 
 pytestmark = pytest.mark.skipif(libraries() is None, reason="no compiler here")
 N_THREADS = [1, 2, 5]
@@ -120,6 +120,17 @@ def test_samples_in_ndc_follow_their_rays_gradient_as_in_the_definition(detach):
         gradients.append(torch.autograd.grad(loss, leaves[1:] if detach else leaves))
     for ours, definition in zip(*gradients, strict=True):
         assert torch.equal(ours, definition)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_in_the_mask_are_those_of_the_definition(seed, n_threads):
+    field, rays = random_field(seed), random_rays(seed, 400)
+    ours, expected = (counted_in_mask(module, field, rays) for module in (compiled_rendering, marching))
+    assert ours.dtype == expected.dtype == torch.int64
+    assert torch.equal(ours, expected)
+    assert (expected > 0).sum() > 50
+    assert (expected == 0).sum() > 10
+    assert counted_in_mask(compiled_rendering, field, rays[:0]).shape == (0,)
 
 
 def test_more_samples_than_single_precision_can_number_are_marched():

@@ -19,7 +19,7 @@ from components.regularisers import build_regularisers
 from components.types import Rays
 from models import kernels
 from models.kernels import foreach_l1, gather_lookups, torch_lookups, torch_rendering
-from tests.helpers import ROOT, Waits, exact_products, random_field, random_rays
+from tests.helpers import ROOT, Waits, counted_in_mask, exact_products, random_field, random_rays
 from tests.test_kernels import Case, assert_equal_up_to_rounding, assert_refuses_second_gradients
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -308,6 +308,17 @@ def test_gradients_reach_the_rays_as_in_the_definition_in_ndc(detached):
     assert_equal_up_to_rounding(*results, torch.float32)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_in_the_mask_are_those_of_the_definition(seed):
+    field, rays = scene(seed, n=100)
+    ours, expected = (counted_in_mask(rendering, field, rays) for rendering in (triton_rendering, torch_rendering))
+    assert ours.dtype == expected.dtype == torch.int64
+    assert torch.equal(ours, expected)
+    assert (expected > 0).sum() > 10
+    assert (expected == 0).sum() > 10
+    assert counted_in_mask(triton_rendering, field, rays[:0]).shape == (0,)
+
+
 def test_rays_that_miss_no_rays_and_foreign_masks():
     field, rays = scene(3, n=5)
     away = Rays(rays.origins * 0 + 9.0, rays.directions.abs() + 0.1)
@@ -320,6 +331,8 @@ def test_rays_that_miss_no_rays_and_foreign_masks():
 
     ours = marched(triton_rendering, field, rays, mask=Half())
     assert_same_samples(ours, marched(torch_rendering, field, rays, mask=Half()))
+    ours, expected = (counted_in_mask(r, field, rays, Half()) for r in (triton_rendering, torch_rendering))
+    assert torch.equal(ours, expected)
 
 
 # --- weights ---

@@ -2,7 +2,7 @@
 
 `torch_lookups` (grid_sample) and `torch_rendering` are the definition; `gather_lookups` is plain torch too and works on
 every device; `compiled_*` is C++ for CPUs, where there is a compiler; `triton_*` is Triton for CUDA, where it is
-installed. All lookups offer the same four functions, all renderings the same three; tests/test_kernels.py,
+installed. All lookups offer the same four functions, all renderings the same five; tests/test_kernels.py,
 tests/test_compiled.py and tests/test_triton.py hold them together. A faster backend is two more such modules and a line
 in `select`.
 """
@@ -32,9 +32,10 @@ from utils.console import say
 @dataclass(frozen=True)
 class Kernels:
     """A backend. name: for results.json; lookups: vm_density, vm_appearance, cp_density, cp_appearance; rendering:
-    march_box, ray_weights, composite; weights_until_opaque: lookups and ray_weights in one where no gradient is asked
-    for, if the backend has it; l1_norm: of lists of planes and lines, see components.regularisers; fixed_shapes:
-    whether march_box takes a capacity, see Field.render; network: the shading's network, if the backend has it."""
+    march_box, march_ndc, count_in_mask, ray_weights, composite; weights_until_opaque: lookups and ray_weights in one
+    where no gradient is asked for, if the backend has it; l1_norm: of lists of planes and lines, see
+    components.regularisers; fixed_shapes: whether marching takes a capacity, see Field.render; network: the shading's
+    network, if the backend has it."""
 
     name: str
     lookups: ModuleType

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from components.marching import Samples, box_intersection, candidate_counts, ndc_rows, normalise
+from components.marching import Mask, Samples, box_intersection, candidate_counts, ndc_rows, normalise
 from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.kernels import threads, torch_rendering
@@ -111,6 +111,15 @@ def march_ndc(
     return replace(samples, position=_moving(rays, samples.ray, samples.t, aabb))
 
 
+@torch.no_grad()
+def count_in_mask(rays: Rays, t_enter: Tensor, n_candidates: Tensor, step: float, mask: Mask) -> Tensor:
+    """See components.marching.count_in_mask."""
+    if _foreign(mask, rays.origins, rays.directions, t_enter):
+        return torch_rendering.count_in_mask(rays, t_enter, n_candidates, step, mask)
+    everywhere = torch.tensor([[-torch.inf] * 3, [torch.inf] * 3])
+    return _counted(rays, everywhere, mask, _prefix(n_candidates), step, t_enter=t_enter.contiguous())[2]
+
+
 def _foreign(mask: AlphaMask | None, *floats: Tensor | None) -> bool:
     """Whether the library cannot take these."""
     # A mask of another kind knows no cells; those of a mask are numbered with 32 bits.
@@ -118,26 +127,34 @@ def _foreign(mask: AlphaMask | None, *floats: Tensor | None) -> bool:
     return not known or any(x is not None and x.dtype != torch.float32 for x in floats)
 
 
-def _marched(
-    rays: Rays, aabb: Tensor, mask: AlphaMask | None, candidates: Tensor, n_samples: int, step: float = 0.0, **given
-) -> Samples:
-    """Samples of candidates; `given`: more of what _Rays points to."""
+def _counted(
+    rays: Rays, aabb: Tensor, mask: AlphaMask | None, candidates: Tensor, step: float = 0.0, **given
+) -> tuple[_Rays, Tensor, Tensor]:
+    """(the rays as the library takes them, which candidates live [K0], how many of each ray [B]); `given`: more of what
+    _Rays points to."""
     tensors = {"origins": rays.origins.contiguous(), "directions": rays.directions.contiguous(), **given}
     ours, cells = _Rays(step=step), _mask(mask)
+    ours.alive = tensors
     for name, tensor in tensors.items():
         setattr(ours, name, None if tensor is None else tensor.data_ptr())
     ours.low[:], ours.high[:] = aabb.tolist()
     ours.scale[:] = (2.0 / (aabb[1] - aabb[0])).tolist()
     live = torch.empty(int(candidates[-1]), dtype=torch.uint8)
     counts = torch.empty(len(rays), dtype=torch.int64)
-    n_rays = ctypes.c_int64(len(rays))
-    sizes = (ctypes.byref(ours), ctypes.byref(cells), _at(candidates), n_rays)
+    sizes = (ctypes.byref(ours), ctypes.byref(cells), _at(candidates), ctypes.c_int64(len(rays)))
     _library().march_count(*sizes, _at(live), _at(counts), threads.count())
+    return ours, live, counts
+
+
+def _marched(rays: Rays, aabb: Tensor, mask: AlphaMask | None, candidates: Tensor, n_samples: int, **given) -> Samples:
+    """Samples of candidates; `given`: as for `_counted`."""
+    ours, live, counts = _counted(rays, aabb, mask, candidates, **given)
     offsets = _prefix(counts)
     n_live = int(offsets[-1])
     ray, t = torch.empty(n_live, dtype=torch.int64), torch.empty(n_live)
     delta, position = torch.empty(n_live), torch.empty(n_live, 3)
-    sizes = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), ctypes.c_int64(n_samples), n_rays)
+    ends = (ctypes.c_int64(n_samples), ctypes.c_int64(len(rays)))
+    sizes = (ctypes.byref(ours), _at(candidates), _at(live), _at(offsets), *ends)
     _library().march_fill(*sizes, _at(ray), _at(t), _at(delta), _at(position), threads.count())
     return Samples(ray, t, delta, position, offsets)
 

@@ -210,6 +210,15 @@ def march_ndc(
     return replace(samples, position=_moving(rays, samples, samples.t, aabb))
 
 
+@torch.no_grad()
+def count_in_mask(rays: Rays, t_enter: Tensor, n_candidates: Tensor, step: float, mask: Mask) -> Tensor:
+    """See components.marching.count_in_mask."""
+    if not _takes(rays, t_enter, None, mask, None):
+        return torch_rendering.count_in_mask(rays, t_enter, n_candidates, step, mask)
+    everywhere = torch.tensor([[-torch.inf] * 3, [torch.inf] * 3], device=t_enter.device)
+    return _counted(rays, everywhere, mask, n_candidates, float(step), t_enter=t_enter.contiguous())[0]
+
+
 def _takes(rays: Rays, aabb: Tensor, numbers: Tensor | None, mask: Mask | None, capacity: int | None) -> bool:
     """Whether the kernels serve; numbers: jitter or t. Raises ValueError if not, but a capacity is asked for."""
     floats = [rays.origins, rays.directions, aabb, *([] if numbers is None else [numbers])]
@@ -220,6 +229,32 @@ def _takes(rays: Rays, aabb: Tensor, numbers: Tensor | None, mask: Mask | None, 
     return taken
 
 
+def _counted(
+    rays: Rays,
+    aabb: Tensor,
+    mask: AlphaMask | None,
+    n_candidates: Tensor,
+    step: float,
+    t_enter: Tensor | None = None,
+    jitter: Tensor | None = None,
+    t_row: Tensor | None = None,
+) -> tuple[Tensor, tuple, dict]:
+    """(live samples of each ray [B], arguments, options): what `_fill` takes too."""
+    origins, directions, aabb = rays.origins.contiguous(), rays.directions.contiguous(), aabb.contiguous()
+    # Pointers that are not read: aabb's.
+    masked = (aabb, aabb, aabb, aabb, 2, 2, 2)
+    if mask is not None:
+        masked = (mask.cells.contiguous(), mask.allowed, mask.scale, mask.aabb.contiguous(), *mask.grid_size)
+    options = {"NDC": t_row is not None, "JITTERED": jitter is not None, "MASKED": mask is not None, "BLOCK": _BLOCK}
+    options |= {"num_warps": _WARPS} | UNFUSED
+    own = [aabb if x is None else x for x in (t_enter, jitter, t_row)]
+    arguments = (n_candidates, *own, origins, directions, step, aabb, *masked)
+    counts = torch.empty_like(n_candidates)
+    with torch.cuda.device_of(aabb):
+        _count[(len(rays),)](counts, *arguments, **options)
+    return counts, arguments, options
+
+
 def _marched(
     rays: Rays,
     aabb: Tensor,
@@ -228,33 +263,22 @@ def _marched(
     n_candidates: Tensor,
     n_samples: int,
     step: float,
-    t_enter: Tensor | None = None,
-    jitter: Tensor | None = None,
-    t_row: Tensor | None = None,
     delta_row: Tensor | None = None,
     length: Tensor | None = None,
+    **given,
 ) -> Samples:
-    """Samples without gradients, of n_candidates [B] int64 sample numbers a ray: from t_enter [B] on, or at t_row [S]
-    of NDC."""
-    origins, directions, aabb = rays.origins.contiguous(), rays.directions.contiguous(), aabb.contiguous()
-    # Pointers that are not read: aabb's.
-    masked = (aabb, aabb, aabb, aabb, 2, 2, 2)
-    if mask is not None:
-        masked = (mask.cells.contiguous(), mask.allowed, mask.scale, mask.aabb.contiguous(), *mask.grid_size)
-    options = {"NDC": t_row is not None, "JITTERED": jitter is not None, "MASKED": mask is not None, "BLOCK": _BLOCK}
-    options |= {"num_warps": _WARPS} | UNFUSED
-    own = [aabb if x is None else x for x in (t_enter, jitter, t_row, delta_row, length)]
-    arguments = (n_candidates, *own[:3], origins, directions, step, aabb, *masked)
+    """Samples without gradients, of n_candidates [B] int64 sample numbers a ray; `given`: where these are, from t_enter
+    [B] on, or at t_row [S] of NDC."""
+    counts, arguments, options = _counted(rays, aabb, mask, n_candidates, step, **given)
     with torch.cuda.device_of(aabb):
         offsets = torch.zeros(len(rays) + 1, dtype=torch.int64, device=aabb.device)
-        counts = torch.empty_like(n_candidates)
-        _count[(len(rays),)](counts, *arguments, **options)
         torch.cumsum(counts, 0, out=offsets[1:])
         n_live = None if capacity is None else offsets[-1].clone()
         ray, t, delta, position = _memory(offsets, aabb) if capacity is None else _room(capacity, offsets, aabb)
         box_scale = 2.0 / (aabb[1] - aabb[0])  # as components.marching.normalise
         if len(ray):
-            outputs = (ray, t, delta, position, box_scale, offsets, n_samples, *own[3:])
+            rows = [aabb if x is None else x for x in (delta_row, length)]
+            outputs = (ray, t, delta, position, box_scale, offsets, n_samples, *rows)
             _fill[(len(rays),)](*outputs, *arguments, **options)
     return Samples(ray, t, delta, position, offsets, n_live)
 
