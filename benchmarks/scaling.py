@@ -96,7 +96,9 @@ def measure(point: dict, device_name: str, seconds: float = 1.0) -> dict:
     from utils.timing import PhaseTimer
 
     device, twin, is_view = choose_device(device_name), point["path"] == "twin", point["axis"] == "resolution"
-    if device.type == "cpu" and not twin:
+    if twin:
+        threads.taking_over = contextlib.nullcontext  # it is all torch, whose threads are OpenMP's
+    elif device.type == "cpu":
         keep_freed_memory()  # as train.py
     memory = MemoryMeter(device)
     memory.start()
@@ -109,7 +111,7 @@ def measure(point: dict, device_name: str, seconds: float = 1.0) -> dict:
             render_view(test, render, test.c2w[0], test.intrinsics[0], trainer.options.eval_chunk)
 
     once, times = view if is_view else trainer.step, []
-    with contextlib.nullcontext() if twin or is_view else threads.taking_over():
+    with threads.taking_over():
         for number in range(-WARM_UP[is_view], 1000):
             if number == 0:
                 trainer.open_memory()

@@ -35,14 +35,15 @@ def dense_alpha(field: Field, grid: tuple[int, int, int]) -> tuple[Tensor, Tenso
     """
     xyz = grid_coordinates(field.aabb, grid)
     alpha = torch.zeros(grid, device=xyz.device)
-    for layer, points in zip(alpha, xyz, strict=True):
-        flat = points.reshape(-1, 3)
-        if field.alpha_mask is None:
-            index = torch.arange(flat.shape[0], device=flat.device)
-        else:
-            index = field.alpha_mask.occupied(flat).nonzero()[:, 0]
-        sigma = field.density(field.density_feature(field.normalise(flat[index])))
-        layer.view(-1)[index] = 1.0 - torch.exp(-sigma * field.step)
+    with threads.taking_over():
+        for layer, points in zip(alpha, xyz, strict=True):
+            flat = points.reshape(-1, 3)
+            if field.alpha_mask is None:
+                index = torch.arange(flat.shape[0], device=flat.device)
+            else:
+                index = field.alpha_mask.occupied(flat).nonzero()[:, 0]
+            sigma = field.density(field.density_feature(field.normalise(flat[index])))
+            layer.view(-1)[index] = 1.0 - torch.exp(-sigma * field.step)
     return alpha, xyz
 
 

@@ -12,6 +12,7 @@ from components.perceptual import PerceptualMetrics
 from components.types import Rays, RenderOutput, Scene
 from models.field import Field
 from models.files import write_mesh, write_tensorf
+from models.kernels import threads
 from utils.console import say
 from utils.images import captioned, error_map, heat_map, save_png, side_by_side
 from utils.run_folder import atomic_file
@@ -21,7 +22,8 @@ def evaluation_renderer(field: Field, scene: Scene) -> Callable[[Rays], RenderOu
     """Rays -> RenderOutput without jitter, on the scene's background."""
 
     def render(rays: Rays) -> RenderOutput:
-        return field.render(rays, float(scene.white_background))
+        with threads.taking_over():
+            return field.render(rays, float(scene.white_background))
 
     return render
 
