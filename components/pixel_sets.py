@@ -9,7 +9,7 @@ from torch import Tensor
 
 from components.types import PixelBatch
 
-_BLOCK = 256
+_BLOCK = 64
 
 
 def pixel_batch(index: Tensor, height: int, width: int) -> PixelBatch:
@@ -23,7 +23,7 @@ def pixel_batch(index: Tensor, height: int, width: int) -> PixelBatch:
 class PixelSet:
     """Some or all of P pixels: `count` of them, the r-th by `select(r)`.
 
-    A filtered set holds one byte a pixel and one number a block of 256, not a list of 8-byte indices: selecting is
+    A filtered set holds one byte a pixel and one number a block of 64, not a list of 8-byte indices: selecting is
     a binary search among the blocks and a running count inside one.
     """
 
