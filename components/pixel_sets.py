@@ -32,7 +32,10 @@ class PixelSet:
         self.n_pixels, self.kept = n_pixels, kept
         self.count = n_pixels
         if kept is not None:
-            self._blocks = torch.nn.functional.pad(kept, (0, -n_pixels % _BLOCK)).view(-1, _BLOCK)
+            missing = -n_pixels % _BLOCK
+            # Padding copies even where nothing is missing.
+            whole = torch.nn.functional.pad(kept, (0, missing)) if missing else kept
+            self._blocks = whole.view(-1, _BLOCK)
             self._ends = self._blocks.sum(1).cumsum(0)
             self.count = int(self._ends[-1])
         if self.count == 0:
