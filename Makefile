@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python run.py --demo --compare
 
+# As many processes as there are cores, at most 4; PROCESSES=0 makes it one.
+PROCESSES ?= logical
 test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist loadfile
 
 # Minutes: a sweep of 16 runs on a local Ray cluster that loses a node, beside the same sweep in one process.
 test-ray: $(VENV)/ready
