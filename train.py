@@ -51,8 +51,9 @@ from utils.timing import PhaseTimer, eta_text
 # Runs of fewer steps need no estimate of their time.
 SHORTEST_ESTIMATED_RUN = 100
 # The dearest step computes a colour for every live sample. Parts of its time that a step takes on average until the
-# alpha mask exists, and from then on (lego200 on a CPU; the later grids' growth included).
-FIRST_STEP_SHARE, LATER_STEP_SHARE = 0.4, 0.25
+# alpha mask exists, and from then on, the later grids' growth included (lego200 on a CPU); in NDC (fern8), where the
+# mask leaves little out.
+STEP_SHARES, NDC_STEP_SHARES = (0.4, 0.25), (0.55, 0.65)
 # results.json's psnr_5view: as many evenly spaced test views as the reference reports.
 REFERENCE_VIEWS = 5
 # Options that say how much memory training takes.
@@ -692,7 +693,8 @@ class Trainer:
         step = step_seconds(self.field, self.scene, o.batch_size, o.step_ratio, o.nSamples, generator)
         left = o.n_iters - self.iteration
         n_first = max(min([o.n_iters, *o.update_AlphaMask_list[:1]]) - self.iteration, 0)
-        first, later = (1.0, 1.0) if resumed else (FIRST_STEP_SHARE, LATER_STEP_SHARE)
+        shares = NDC_STEP_SHARES if self.config.ndc else STEP_SHARES
+        first, later = (1.0, 1.0) if resumed else shares
         seconds = step * (first * n_first + later * (left - n_first))
         return (
             f"{left} steps on {device_name(self.device)}: about {eta_text(seconds)} of training, evaluations not "
