@@ -525,7 +525,7 @@ def schedule_notes(options: argparse.Namespace) -> list[str]:
         missed = [step for step in getattr(options, name) if step >= options.n_iters]
         if missed:
             steps = f"{name}'s {', '.join(map(str, missed))}"
-            notes.append(f"n_iters = {options.n_iters} ends before {steps}: {what} there, unless --{name} is changed")
+            notes.append(f"n_iters = {options.n_iters} never reaches {steps}: {what} there; lower --{name} if it shall")
     return notes
 
 

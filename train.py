@@ -303,8 +303,14 @@ class Trainer:
             self.field = build_field(self.config, self.scene.aabb, grid, o.seed)
         self.optimizer = make_adam(self.field.param_groups(o.lr_init, o.lr_basis))
         if o.filter_rays and not self.scene.ndc:
-            self.kept = kept_pixels(self.field, self.scene, by_mask=False)
+            self.filter_rays(by_mask=False)
         self.sampler = self.new_sampler()
+
+    def filter_rays(self, by_mask: bool) -> None:
+        """Keep the pixels whose rays meet the box, or the alpha mask, of those that were kept before."""
+        self.kept = kept_pixels(self.field, self.scene, by_mask, self.kept)
+        share = int(self.kept.sum()) / self.kept.numel()
+        say(f"--filter_rays: the rays of {share:.1%} of the training pixels meet the {'mask' if by_mask else 'box'}")
 
     def new_sampler(self):
         """A sampler over the kept pixels, with a stream of its own for every set of them."""
@@ -651,7 +657,7 @@ class Trainer:
             if iteration in o.update_AlphaMask_list:
                 self.update_mask(first=iteration == o.update_AlphaMask_list[0])
                 if o.filter_rays and not self.scene.ndc and iteration in o.update_AlphaMask_list[1:2]:
-                    self.kept = kept_pixels(self.field, self.scene, by_mask=True, kept=self.kept)
+                    self.filter_rays(by_mask=True)
                     self.sampler = self.new_sampler()
             if iteration in o.upsamp_list:
                 voxels = self.voxels[o.upsamp_list.index(iteration)]

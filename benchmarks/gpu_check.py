@@ -93,6 +93,11 @@ def skipped(why: str) -> dict:
     return {"holds": True, "skipped": why, "output": []}
 
 
+def unhurried(report: dict) -> dict:
+    """The report of a part that had less time than it may need: if that ran out, it was skipped."""
+    return {**report, **skipped(report["error"])} if "took longer" in report.get("error", "") else report
+
+
 def check(options: argparse.Namespace, write) -> dict:
     """All parts' reports by name; `write(parts)` is called after each."""
     python, ends, parts = sys.executable, time.perf_counter() + DEADLINE, {}
@@ -112,7 +117,8 @@ def check(options: argparse.Namespace, write) -> dict:
         if options.full:
             parts[name] = guarded(name, [python, *commands[name]], 10 * seconds)
         elif left >= LEAST:
-            parts[name] = guarded(name, [python, *commands[name]], min(seconds, left))
+            report = guarded(name, [python, *commands[name]], min(seconds, left))
+            parts[name] = unhurried(report) if left < seconds else report
         else:
             parts[name] = skipped("no time left")
         if name == "step" and parts[name]["holds"] and "skipped" not in parts[name]:
@@ -171,9 +177,7 @@ def sanitize(everything: bool, left: float) -> dict:
     report = guarded(name, command, NO_LIMIT if everything else left)
     if any("Device not supported" in line for line in report["output"]):
         return {**report, **skipped("this machine does not let it see the device")}
-    if not everything and "took longer" in report.get("error", ""):
-        return {**report, **skipped(report["error"])}
-    return report
+    return report if everything else unhurried(report)
 
 
 def targets(parts: dict) -> list[dict]:

@@ -145,10 +145,14 @@ def count_in_mask(rays: Rays, t_enter: Tensor, n_candidates: Tensor, step: float
 
     t_enter [B]; n_candidates [B] int64; step: world units.
     """
-    ray, k = expand_counts(n_candidates)
-    t = t_enter[ray] + step * k
-    hit = mask.occupied(rays.origins[ray] + rays.directions[ray] * t[:, None])
-    return torch.bincount(ray[hit], minlength=len(rays))
+    counts = torch.zeros_like(n_candidates)
+    all_rays, all_k = expand_counts(n_candidates)
+    size = _CANDIDATES.get(all_k.device.type, _OTHER_CANDIDATES)
+    for ray, k in zip(all_rays.split(size), all_k.split(size), strict=True):
+        t = t_enter[ray] + step * k.to(t_enter.dtype)
+        hit = mask.occupied(rays.origins[ray] + rays.directions[ray] * t[:, None])
+        counts.index_add_(0, ray, hit.long())
+    return counts
 
 
 def ndc_rows(rays: Rays, near: float, far: float, n_samples: int, jitter: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -434,6 +434,21 @@ def test_parts_for_which_no_time_is_left_are_said_and_are_no_failure(monkeypatch
     assert all("no time left" in part["skipped"] for name, part in report["parts"].items() if name in ("tests", "step"))
 
 
+def test_a_part_that_the_time_left_cuts_short_is_no_failure_one_that_takes_all_of_its_own_is(monkeypatch, tmp_path):
+    answered(monkeypatch, tmp_path)
+    answer = gpu_check.call
+
+    def slow_tests(command, seconds):
+        report = answer(command, seconds)
+        late = {"holds": False, "error": f"took longer than {seconds:.0f} s"}
+        return {**report, **late} if "pytest" in command else report
+
+    monkeypatch.setattr(gpu_check, "call", slow_tests)
+    for deadline, code in ((200.0, 0), (1000.0, 1)):
+        monkeypatch.setattr(gpu_check, "DEADLINE", deadline)
+        assert run_check(monkeypatch, tmp_path)[0] == code
+
+
 def test_missing_packages_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "PACKAGES", ("torch", "no_such_package"))

@@ -5,6 +5,8 @@ import ctypes
 import dataclasses
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -186,6 +188,29 @@ def test_masks_of_another_kind_and_cells_that_lie_apart_are_taken():
         ours, definition = compiled_rendering.march_box(*given), marching.march_box(*given)
         assert len(ours) > 100
         assert torch.equal(ours.position, definition.position)
+        assert torch.equal(*(counted_in_mask(m, field, rays, mask) for m in (compiled_rendering, marching)))
+
+
+@pytest.mark.parametrize("cells", ["a volume", "another kind of mask"])
+def test_samples_in_double_precision_are_counted_in_the_mask_as_in_the_definition(cells):
+    field, rays = random_field(3, masked=True), random_rays(3, 50)
+    rays = Rays(rays.origins.double(), rays.directions.double())
+    mask = None if cells == "a volume" else (type("Half", (), {"occupied": lambda _, xyz: xyz[:, 0] > 0}))()
+    ours, definition = (counted_in_mask(m, field, rays, mask) for m in (compiled_rendering, marching))
+    assert torch.equal(ours, definition)
+    assert definition.sum() > 50
+
+
+def test_rays_that_lie_apart_in_memory_are_marched():
+    field, rays = random_field(3, masked=True), random_rays(3, 3000)
+    apart = Rays(rays.origins.t().contiguous().t(), rays.directions.t().contiguous().t())
+    assert not apart.origins.is_contiguous()
+    ours, definition = (
+        module.march_box(own, field.aabb, 0.1, 6.0, field.step, 90, None, field.alpha_mask)
+        for module, own in ((compiled_rendering, apart), (marching, rays))
+    )
+    for name in ("ray", "t", "delta", "position", "offsets"):
+        assert torch.equal(getattr(ours, name), getattr(definition, name)), name
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -609,6 +634,30 @@ def test_an_error_in_a_share_is_raised(n_threads):
 
     with pytest.raises(ValueError, match="a share"):
         threads.together([lambda: None, fail, lambda: None])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_no_other_share_is_begun(n_threads, error):
+    begun = []
+
+    def share(number):
+        begun.append(number)
+        if number == 3:
+            raise error
+        time.sleep(0.001)
+
+    with pytest.raises(error):
+        threads.together([partial(share, number) for number in range(2000)])
+    assert 3 in begun
+    assert len(begun) < 200
+    assert threads.count() == n_threads
+
+
+def test_a_share_has_one_thread(n_threads):
+    counts = []
+    threads.together([lambda: counts.append(threads.count()) for _ in range(20)])
+    assert counts == [1] * 20
+    assert threads.count() == n_threads
 
 
 def test_taking_over_gives_torch_one_thread_and_its_own_back_afterwards():

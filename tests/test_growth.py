@@ -10,6 +10,7 @@ from components.grids import grid_coordinates, step_length
 from components.types import Rays
 from models.alpha_mask import AlphaMask
 from models.growth import dense_alpha, kept_pixels, rays_meet_mask, shrink, update_alpha_mask, upsample
+from models.kernels import threads
 from tests.helpers import random_field, random_rays
 from tests.reference import activation, dense_filter, density_feature, sample_alpha
 from tests.test_cameras import small_scene
@@ -338,9 +339,10 @@ def test_pixels_kept_by_the_box_equal_the_slab_loop(seed):
 
 
 @pytest.mark.parametrize("by_mask", [False, True])
-def test_pixels_kept_are_a_subset_of_those_kept_before_whatever_the_chunk(by_mask):
+def test_pixels_kept_are_a_subset_of_those_kept_before_whatever_the_chunk(by_mask, monkeypatch):
     field, scene = field_and_scene(1)
     every = kept_pixels(field, scene, by_mask)
+    monkeypatch.setattr(threads, "_taken", 3)
     before = torch.rand(scene.n_pixels, generator=torch.Generator().manual_seed(0)) < 0.5
     for chunk in (1 << 16, 10, 99):
         assert torch.equal(kept_pixels(field, scene, by_mask, chunk=chunk), every)

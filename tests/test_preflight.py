@@ -261,8 +261,11 @@ def test_a_save_dir_that_cannot_be_written_is_told(start):
 def test_steps_of_a_schedule_that_the_run_never_reaches_are_told(start):
     code, out, err = start("--nerf_scene", "good", "--upsamp_list", "[1,2,3]", "--check_only")
     assert code == 0
-    assert "note: n_iters = 2 ends before upsamp_list's 2, 3: the grid does not grow there" in out + err
+    assert "note: n_iters = 2 never reaches upsamp_list's 2, 3: the grid does not grow there" in out + err
     assert "update_AlphaMask_list" not in out + err
+    code, out, err = start("--nerf_scene", "good", "--update_AlphaMask_list", "[1,9]", "--n_iters", "9", "--check_only")
+    assert "n_iters = 9 never reaches update_AlphaMask_list's 9: no alpha mask is made there" in out + err
+    assert "upsamp_list" not in out + err
 
 
 # --- how large a field is ---

@@ -344,7 +344,7 @@ def test_the_script_asked_to_stop_ends_with_the_code_for_trying_again(data, tmp_
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED_EXIT_CODE == 75, err
-    assert err.splitlines()[-1] == "stopped by SIGTERM; the same command again goes on from here"
+    assert err.splitlines()[-1] == "stopped by SIGTERM; the same command again goes on from what was saved, if anything"
     iteration = load_checkpoint(latest_checkpoint(folder_of(tmp_path)))["iteration"]
     assert f"checkpoint of iteration {iteration} saved" in out
 

@@ -1,12 +1,14 @@
 """Short trainings through train.run: every format, both decompositions, resume to the bit, what a run leaves behind."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import models.outputs
 import train
 from components.evaluation import render_view
 from dataLoader import scene_folder
@@ -201,3 +203,36 @@ def test_lego_learns_in_a_hundred_steps(tmp_path):
     argv += ["--downsample_train", "8", "--n_iters", "100", "--upsamp_list", "[60]", "--update_AlphaMask_list", "[50]"]
     results = train.run(parse_options([*argv, "--test_every", "50", "--vis_every", "1000", "--device", "cpu"]))
     assert results["psnr"] > 17
+
+
+@pytest.mark.parametrize(("name", "shares"), [("syn", train.STEP_SHARES), ("llff", train.NDC_STEP_SHARES)])
+def test_the_estimate_counts_steps_before_and_after_the_first_mask_by_the_kind_of_scene(
+    data_folder, tmp_path, name, shares, monkeypatch, capsys
+):
+    # Steps of 100 s in a run that is too short to be told of: 12 until the mask, 18 after it.
+    monkeypatch.setattr(train, "SHORTEST_ESTIMATED_RUN", 1)
+    monkeypatch.setattr(train, "step_seconds", lambda *_: 100.0)
+    train.run(options(data_folder, tmp_path, name))
+    seconds = 100.0 * (shares[0] * 12 + shares[1] * 18)
+    assert f"about {train.eta_text(seconds)} of training" in capsys.readouterr().out
+
+
+def test_ray_filtering_says_how_many_rays_are_left_and_the_overview_what_it_shows(
+    data_folder, tmp_path, monkeypatch, capsys
+):
+    captions = []
+
+    def captioned(picture, text):
+        captions.append(text)
+        return picture
+
+    monkeypatch.setattr(models.outputs, "captioned", captioned)
+    results = train.run(options(data_folder, tmp_path, "syn", "TensorVMSplit", "--filter_rays", "1"))
+    told = re.findall(
+        r"--filter_rays: the rays of ([\d.]+)% of the training pixels meet the (\w+)", capsys.readouterr().out
+    )
+    assert [what for _, what in told] == ["box", "mask"]
+    assert 100 >= float(told[0][0]) >= float(told[1][0]) > 0
+    assert captions[-3] == f"test view 0: {results['per_view']['psnr'][0]:.2f} dB"
+    assert captions[-2] == "ground truth"
+    assert re.fullmatch(r"depth [\d.]+ \(red\) to [\d.]+", captions[-1])

@@ -20,7 +20,7 @@ class Preempted(BaseException):
 def stop_if_asked() -> None:
     """Raise Preempted if one of STOP_SIGNALS has come; for places where the work can stop and lose nothing."""
     if _asked_by is not None:
-        raise Preempted(f"stopped by {_asked_by}; the same command again goes on from here")
+        raise Preempted(f"stopped by {_asked_by}; the same command again goes on from what was saved, if anything")
 
 
 @contextmanager

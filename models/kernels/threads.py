@@ -6,6 +6,7 @@ So while these threads work, torch has one: its operations run inside the shares
 there (shares.h), among `count()` threads; `together` is for shares that hold operations of torch.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from functools import cache
 import torch
 
 _taken: int | None = None
+_own = threading.local()  # `in_share`: set while a thread is at one of `together`'s calls
 
 
 def count() -> int:
-    """How many threads there are: as many as torch would use (OMP_NUM_THREADS, torch.set_num_threads)."""
-    return _taken or torch.get_num_threads()
+    """How many threads there are: as many as torch would use (OMP_NUM_THREADS, torch.set_num_threads); to a share of
+    `together`, which has the others beside it, one."""
+    return 1 if getattr(_own, "in_share", False) else _taken or torch.get_num_threads()
 
 
 @contextmanager
@@ -44,23 +47,36 @@ def _pool(size: int) -> ThreadPoolExecutor:
 
 
 def together(calls: Sequence[Callable[[], None]]) -> None:
-    """Run calls that do not touch each other's results, each when a thread is free; the first error is raised."""
+    """Run calls that do not touch each other's results, each when a thread is free. The first error is raised, and
+    after one - Ctrl-C too - no other call is begun."""
     if len(calls) <= 1 or count() == 1:
         for call in calls:
             call()
         return
-    remaining, mode = iter(list(calls)), torch.is_grad_enabled()
+    remaining, mode, over = iter(list(calls)), torch.is_grad_enabled(), threading.Event()
 
     def work() -> None:
-        with torch.set_grad_enabled(mode):  # a thread's own setting
-            for call in remaining:
-                call()
+        _own.in_share = True
+        try:
+            with torch.set_grad_enabled(mode):  # a thread's own setting
+                for call in remaining:
+                    if over.is_set():
+                        return
+                    call()
+        except BaseException:
+            over.set()
+            raise
+        finally:
+            _own.in_share = False
 
     with taking_over():
         helpers = [_pool(count() - 1).submit(work) for _ in range(min(count(), len(calls)) - 1)]
         try:
             work()
-        finally:
             wait(helpers)
+        except BaseException:
+            over.set()
+            wait(helpers)
+            raise
         for helper in helpers:
             helper.result()
