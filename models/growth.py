@@ -24,7 +24,7 @@ MASK_VOXEL_LIMIT = 256**3
 # Samples a ray that decide whether it meets the mask.
 FILTER_SAMPLES = 256
 # Rays that a thread filters at once; on CUDA, where launches cost more than rays.
-FILTER_CHUNK, CUDA_FILTER_CHUNK = 1 << 11, 1 << 15
+FILTER_CHUNK, CUDA_FILTER_CHUNK = 1 << 12, 1 << 15
 
 
 @torch.no_grad()
