@@ -525,7 +525,8 @@ def schedule_notes(options: argparse.Namespace) -> list[str]:
         missed = [step for step in getattr(options, name) if step >= options.n_iters]
         if missed:
             steps = f"{name}'s {', '.join(map(str, missed))}"
-            notes.append(f"n_iters = {options.n_iters} never reaches {steps}: {what} there; lower --{name} if it shall")
+            reached = f"n_iters = {options.n_iters} never reaches {steps}"
+            notes.append(f"{reached}: {what} there; give --{name} earlier steps if that is not meant")
     return notes
 
 

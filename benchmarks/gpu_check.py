@@ -93,9 +93,11 @@ def skipped(why: str) -> dict:
     return {"holds": True, "skipped": why, "output": []}
 
 
-def unhurried(report: dict) -> dict:
-    """The report of a part that had less time than it may need: if that ran out, it was skipped."""
-    return {**report, **skipped(report["error"])} if "took longer" in report.get("error", "") else report
+def skipped_if_late(report: dict) -> dict:
+    """The report of a part that had less time than it may need: if that ran out it counts as skipped, and what it said
+    until then is kept."""
+    late = "took longer" in report.get("error", "")
+    return {**report, **skipped(report["error"]), "output": report["output"]} if late else report
 
 
 def check(options: argparse.Namespace, write) -> dict:
@@ -118,7 +120,7 @@ def check(options: argparse.Namespace, write) -> dict:
             parts[name] = guarded(name, [python, *commands[name]], 10 * seconds)
         elif left >= LEAST:
             report = guarded(name, [python, *commands[name]], min(seconds, left))
-            parts[name] = unhurried(report) if left < seconds else report
+            parts[name] = skipped_if_late(report) if left < seconds else report
         else:
             parts[name] = skipped("no time left")
         if name == "step" and parts[name]["holds"] and "skipped" not in parts[name]:
@@ -177,7 +179,7 @@ def sanitize(everything: bool, left: float) -> dict:
     report = guarded(name, command, NO_LIMIT if everything else left)
     if any("Device not supported" in line for line in report["output"]):
         return {**report, **skipped("this machine does not let it see the device")}
-    return report if everything else unhurried(report)
+    return report if everything else skipped_if_late(report)
 
 
 def targets(parts: dict) -> list[dict]:

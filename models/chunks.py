@@ -25,7 +25,7 @@ class _Chunks(torch.autograd.Function):
             with torch.no_grad():
                 out[number] = module(*(x[start : start + size] for x in inputs))
 
-        _run(run, starts, inputs[0].device)
+        run_all([partial(run, number, start) for number, start in enumerate(starts)], inputs[0].device)
         return torch.cat(out)
 
     @staticmethod
@@ -49,16 +49,15 @@ class _Chunks(torch.autograd.Function):
                     target[part] = value
             to_parameters[number] = gradients[len(wanted) :]
 
-        _run(run, starts, grad.device)
+        run_all([partial(run, number, start) for number, start in enumerate(starts)], grad.device)
         sums = [
             None if values[0] is None else sum(values[1:], values[0]) for values in zip(*to_parameters, strict=True)
         ]
         return None, None, None, *to_inputs, *sums
 
 
-def _run(run: Callable[[int, int], None], starts: Sequence[int], device: torch.device) -> None:
-    """All chunks: side by side on a CPU, one after another on a device that is busy with one alone."""
-    calls = [partial(run, number, start) for number, start in enumerate(starts)]
+def run_all(calls: Sequence[Callable[[], None]], device: torch.device) -> None:
+    """Side by side on a CPU (see threads.together), one after another on a device that is busy with one alone."""
     if device.type == "cpu":
         threads.together(calls)
     else:

@@ -15,6 +15,7 @@ from components.marching import box_intersection, candidate_counts
 from components.pixel_sets import pixel_batch
 from components.types import Rays, Scene
 from models.alpha_mask import AlphaMask
+from models.chunks import run_all
 from models.field import Field, factor
 from models.kernels import threads
 from utils.errors import EmptyMaskError
@@ -136,8 +137,7 @@ def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None =
     chunk: rays at once, 0: FILTER_CHUNK or CUDA_FILTER_CHUNK; one looked up in the mask takes up to some 10 kB where
     torch alone serves."""
     result = torch.zeros(scene.n_pixels, dtype=torch.bool, device=scene.device)
-    on_cuda = scene.device.type == "cuda"
-    chunk = chunk or (CUDA_FILTER_CHUNK if on_cuda else FILTER_CHUNK)
+    chunk = chunk or (CUDA_FILTER_CHUNK if scene.device.type == "cuda" else FILTER_CHUNK)
 
     def keep(start: int) -> None:
         index = torch.arange(start, min(start + chunk, scene.n_pixels), device=scene.device)
@@ -146,10 +146,5 @@ def kept_pixels(field: Field, scene: Scene, by_mask: bool, kept: Tensor | None =
         rays = cast_rays(scene, pixel_batch(index, scene.height, scene.width))
         result[index] = rays_meet_mask(field, rays) if by_mask else rays_meet_box(field, rays)
 
-    calls = [partial(keep, start) for start in range(0, scene.n_pixels, chunk)]
-    if on_cuda:
-        for call in calls:
-            call()
-    else:
-        threads.together(calls)
+    run_all([partial(keep, start) for start in range(0, scene.n_pixels, chunk)], scene.device)
     return result

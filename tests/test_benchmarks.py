@@ -440,13 +440,17 @@ def test_a_part_that_the_time_left_cuts_short_is_no_failure_one_that_takes_all_o
 
     def slow_tests(command, seconds):
         report = answer(command, seconds)
-        late = {"holds": False, "error": f"took longer than {seconds:.0f} s"}
+        late = {"holds": False, "error": f"took longer than {seconds:.0f} s", "output": ["F."]}
         return {**report, **late} if "pytest" in command else report
 
     monkeypatch.setattr(gpu_check, "call", slow_tests)
     for deadline, code in ((200.0, 0), (1000.0, 1)):
         monkeypatch.setattr(gpu_check, "DEADLINE", deadline)
-        assert run_check(monkeypatch, tmp_path)[0] == code
+        got, report = run_check(monkeypatch, tmp_path)
+        assert got == code
+        tests = report["parts"]["tests"]
+        assert tests["output"] == ["F."]  # what failed before then is seen
+        assert ("took longer" in tests.get("skipped", "")) == (code == 0)
 
 
 def test_missing_packages_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
